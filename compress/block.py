@@ -1,0 +1,154 @@
+"""One block of the model: observe its layer inputs, apply the steps, and send the windows on to the next block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from compress.apply import Outcome, compress_layers
+from compress.plan_select import PlannedLayer, load_method
+from compress.types import LayerSpec, Statistic
+from compress.walk.coroutine import BlockWalk
+from compress.walk.hidden import Hidden
+from compress.walk.layers import get_weight, set_weight
+from compress.walk.skeleton import Skeleton
+from compress.walk.statistics import accumulate, make_token_weights, observe
+from compress.walk.stream import Call
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The hidden states in front of a block.
+
+    ``main``: behind the compressed blocks; the calibration windows and, last, the held-out probe. ``dense``: behind the
+    original blocks; the first calibration windows only, or None where no step looks at it.
+    """
+
+    main: Hidden
+    dense: Hidden | None
+
+    @property
+    def probe(self) -> int:
+        """Index of the held-out window in ``main``."""
+        return len(self.main) - 1
+
+    def open_next(self, folder: Path | None, index: int) -> Streams:
+        """Empty streams of the same shape for block ``index``, in ``folder`` (None: in memory)."""
+
+        def create(name: str, like: Hidden) -> Hidden:
+            path = None if folder is None else folder / self.file(name, index)
+            return Hidden.create(path, like.lengths, like.width, like.dtype)
+
+        return Streams(create("main", self.main), None if self.dense is None else create("dense", self.dense))
+
+    @staticmethod
+    def file(name: str, index: int) -> str:
+        """Name of the file that holds a stream in front of block ``index``."""
+        return f"{name}-{index:05d}.bin"
+
+    @staticmethod
+    def delete(folder: Path, index: int) -> None:
+        """Remove the files in front of block ``index``, once that block is finished."""
+        for path in folder.glob(f"*-{index:05d}.bin*"):
+            path.unlink()
+
+    def close(self) -> None:
+        """Close the files, if there are any."""
+        for one in (self.main, self.dense):
+            if one is not None:
+                one.close()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the steps of some layers want to know of their inputs."""
+
+    gram: bool
+    cross: bool
+    true_sequential: bool
+    token_weights: Literal["uniform", "residual"]
+    dense_windows: int  # how many calibration windows the dense stream has; 0: no dense stream
+
+    @classmethod
+    def of(cls, layers: Iterable[PlannedLayer], windows: int) -> Needs:
+        """The union of what the layers' steps want; ``windows`` is the number of calibration windows."""
+        configs = [(load_method(step.method).needs(step.config), step.config) for layer in layers for step in layer.steps]
+        crossed = [config for wanted, config in configs if "cross" in wanted]
+        kinds = {getattr(config, "token_weights", "uniform") for wanted, config in configs if "gram" in wanted}
+        return cls(
+            gram=any("gram" in wanted for wanted, _ in configs),
+            cross=bool(crossed),
+            true_sequential=all(getattr(config, "true_sequential", True) for _, config in configs),
+            token_weights="residual" if "residual" in kinds else "uniform",
+            dense_windows=max((min(getattr(config, "dense_windows", None) or windows, windows) for config in crossed), default=0),
+        )
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """What ``compress_block`` needs to know of a block besides its weights."""
+
+    index: int
+    layers: Mapping[str, PlannedLayer]  # the layers of this block that have steps, by name
+    calls: Mapping[int, Call]
+    needs: Needs
+    scale_dtype: torch.dtype
+    suspend: bool  # all windows wait at once (fast), or one at a time (little memory)
+    folder: Path | None  # where the next streams go; None: in memory
+
+
+@dataclass(frozen=True)
+class CompressedBlock:
+    """The module with its new weights, what the steps made of its layers, and the streams in front of the next block."""
+
+    block: nn.Module
+    outcomes: list[Outcome]
+    streams: Streams
+
+
+def compress_block(
+    skeleton: Skeleton, task: BlockTask, streams: Streams, device: torch.device | str
+) -> CompressedBlock:
+    """Load, observe, compress, walk on: the loop's body."""
+    block = skeleton.load_block(task.index, device)
+    dense = None if streams.dense is None else copy.deepcopy(block)
+    following = streams.open_next(task.folder, task.index + 1)
+    outcomes: list[Outcome] = []
+    with BlockWalk(
+        block,
+        [layer.spec for layer in task.layers.values()],
+        streams.main,
+        task.calls,
+        dense_block=dense,
+        dense_inputs=streams.dense,
+        held_out=[streams.probe],
+        suspend=task.suspend,
+    ) as walk:
+        for specs, statistic, probe in _observe_groups(walk, task.needs, streams):
+            weights = [get_weight(block, spec) for spec in specs]
+            layers = [task.layers[spec.name] for spec in specs]
+            for outcome in compress_layers(layers, weights, statistic, probe, task.scale_dtype):
+                set_weight(block, outcome.spec, outcome.state.weight)
+                outcomes.append(outcome)
+        walk.outputs(following.main, following.dense)
+    return CompressedBlock(block, outcomes, following)
+
+
+def _observe_groups(
+    walk: BlockWalk, needs: Needs, streams: Streams
+) -> Iterator[tuple[tuple[LayerSpec, ...], Statistic | None, Statistic]]:
+    """Each group of layers with the statistic of its input (None for methods without data) and the held-out one."""
+    weights = make_token_weights(needs.token_weights, streams.main, [streams.probe]) if needs.gram else None
+    if needs.true_sequential:
+        for group in walk.groups():
+            statistic = accumulate(group, cross=needs.cross, weights=weights) if needs.gram else None
+            yield group.specs, statistic, accumulate(group, held_out=True)
+    else:
+        for group, statistic, probe in observe(walk, cross=needs.cross, weights=weights):
+            yield group.specs, statistic if needs.gram else None, probe

@@ -1,0 +1,112 @@
+"""Does what was written reload as the model that was meant? Asked of a fresh process, answered with logits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import VerificationError
+from compress.eval import stock
+from compress.eval.loading import why_not_stock
+from compress.eval.perplexity import kl_divergence
+from compress.eval.process import TAIL, run_worker
+
+# Largest relative RMS difference of logits, by the dtype of the forward. The weights are the same numbers, so what is
+# left is the order of additions: other block shapes, other attention kernels. Through 30 blocks that came to about
+# one unit in the last place (bf16: 2**-8 = 4e-3) on a real model; a single layer that is wrong costs 5e-2 and more.
+TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-4}
+
+
+def verify(
+    folder: str | Path,
+    input_ids: Tensor,
+    logits: Tensor,
+    *,
+    dtype: str,
+    tolerance: float | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Reload a folder in a fresh process and compare its logits with the meant ones.
+
+    ``input_ids (N, T)``, ``logits (N, T, V)`` of the model that was meant; ``dtype`` the forward's, "bfloat16", ....
+    Stock Transformers loads it where the format's own packages are installed; else our own loader does, and
+    ``checked_with`` says so. Gives ``passed``, ``relative_rms``, ``max_error``, ``kl``, ``top1_agreement``,
+    ``tolerance``, ``tokens``, ``checked_with``, ``versions``. Raises VerificationError with the figures.
+    """
+    why = why_not_stock(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="compress-verify-") as scratch:
+        probe, out = Path(scratch, "probe.safetensors"), Path(scratch, "logits.safetensors")
+        save_file({"input_ids": input_ids.to(torch.int64).cpu().contiguous()}, str(probe))
+        if why is None:
+            info = _ask_stock(Path(folder), probe, out, dtype, trust_remote_code)
+            checked_with = "transformers, in a process without compress"
+        else:
+            arguments = {"folder": str(folder), "probe": str(probe), "out": str(out), "dtype": dtype}
+            info = run_worker("logits", {**arguments, "trust_remote_code": trust_remote_code})
+            checked_with = f"compress.load, in a fresh process ({why})"
+        with safe_open(str(out), framework="pt") as file:
+            got = file.get_tensor("logits")
+    limit = TOLERANCE[dtype] if tolerance is None else tolerance
+    figures = compare_logits(got, logits.float().cpu())
+    result = {**figures, "tolerance": limit, "checked_with": checked_with, "versions": info["versions"]}
+    _judge(Path(folder), result)
+    return {"passed": True, **result}
+
+
+def compare_logits(got: Tensor, meant: Tensor) -> dict[str, Any]:
+    """How far logits ``(N, T, V)`` are from the meant ones, both float32.
+
+    ``relative_rms = rms(got - meant) / rms(meant - mean over V)``: a shift of all logits by the same amount would not
+    change the model, so it must not make the difference look small.
+    """
+    if got.shape != meant.shape:
+        raise VerificationError(f"the reloaded model gives logits {tuple(got.shape)}; wanted {tuple(meant.shape)}")
+    difference = got - meant
+    spread = (meant - meant.mean(-1, keepdim=True)).pow(2).mean().sqrt()
+    log_p, log_q = torch.log_softmax(meant, -1), torch.log_softmax(got, -1)
+    return {
+        "relative_rms": float(difference.pow(2).mean().sqrt() / spread.clamp_min(1e-30)),
+        "max_error": float(difference.abs().max()),
+        "kl": float(kl_divergence(log_p, log_q).mean()),
+        "top1_agreement": float((meant.argmax(-1) == got.argmax(-1)).float().mean()),
+        "tokens": meant.shape[0] * meant.shape[1],
+    }
+
+
+def _ask_stock(folder: Path, probe: Path, out: Path, dtype: str, trust_remote_code: bool) -> dict[str, Any]:
+    """Run ``stock.py`` isolated from this environment's paths; VerificationError where it can't load the folder."""
+    command = [sys.executable, "-I", str(Path(stock.__file__)), str(folder), str(probe), str(out), "--dtype", dtype]
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise VerificationError(
+            f"{folder}: stock Transformers can't load it (code {done.returncode}):\n{done.stderr[-TAIL:]}"
+        )
+    with safe_open(str(out), framework="pt") as file:
+        info: dict[str, Any] = json.loads(file.metadata()["info"])
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            raise VerificationError(
+                f"{folder}: stock Transformers finds {len(info[kind])} {kind.replace('_', ' ')}: {', '.join(info[kind][:3])}"
+            )
+    return info
+
+
+def _judge(folder: Path, result: dict[str, Any]) -> None:
+    error = result["relative_rms"]
+    if not error <= result["tolerance"]:  # a NaN fails too
+        raise VerificationError(
+            f"{folder}: reloaded, its logits differ from the model that was meant: relative RMS {error:.3g}, wanted at "
+            f"most {result['tolerance']:.3g}; largest difference {result['max_error']:.3g}, KL {result['kl']:.3g} nats, "
+            f"top-1 agreement {result['top1_agreement']:.1%} over {result['tokens']} tokens; "
+            f"loaded with {result['checked_with']}"
+        )

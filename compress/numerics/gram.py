@@ -1,0 +1,142 @@
+"""Gram matrices of layer inputs: accumulate, damp, factor.
+
+For rows ``x`` (tokens) of ``I`` features the Gram matrix is ``H = sum x x^T`` ``(I, I)``; the error of a layer whose
+weight moves by ``dW`` ``(O, I)`` is ``trace(dW H dW^T)``. A constant factor never matters, since damping is relative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.errors import NumericsError
+
+_LADDER = (1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 1000.0)  # multiples of the damping asked for, tried in this order
+_PANELS = 4  # column panels of a Gram matrix; more save products, but narrow ones run slower
+_SMALLEST = 1e-3  # first rung for damping 0, relative to mean(diag H)
+
+
+def count_nonfinite_rows(rows: Tensor) -> int:
+    """Number of rows of ``(T, I)`` that hold a NaN or an infinity."""
+    return int((~torch.isfinite(rows).all(dim=-1)).sum())
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dim() != 2:
+        raise ValueError(f"rows must be (tokens, features), got shape {tuple(rows.shape)}")
+    # One pass that stays finite exactly when all entries are: cheaper than isfinite on every entry.
+    if not torch.isfinite(rows.float().sum()):
+        bad = count_nonfinite_rows(rows)
+        if bad:
+            raise NumericsError(f"{bad} of {len(rows)} activation rows hold NaN or infinite values")
+
+
+def add_gram(gram: Tensor, rows: Tensor) -> None:
+    """``gram += sum x x^T`` over ``rows`` ``(T, I)``, in float32, in place; only blocks on and below the diagonal.
+
+    Call ``mirror_gram`` once after the last rows. Leaving out what lies above the diagonal saves 3/8 of the products.
+    Raises ``NumericsError`` with the count when rows are not finite.
+    """
+    _check_rows(rows)
+    values = rows.to(gram.dtype)
+    columns = gram.shape[0]
+    width = max(1, -(-columns // _PANELS))
+    for start in range(0, columns, width):
+        panel = values[:, start : start + width]
+        gram[start:, start : start + width].addmm_(values[:, start:].T, panel)
+
+
+def mirror_gram(gram: Tensor) -> Tensor:
+    """Fill the upper triangle from the lower one, in place; returns ``gram``."""
+    return gram.copy_(gram.tril() + gram.tril(-1).T)
+
+
+def add_cross(cross: Tensor, rows: Tensor, other: Tensor) -> None:
+    """``cross += sum (other - rows) rows^T`` over paired rows ``(T, I)``, in float32, in place.
+
+    ``cross[o, i] = sum (other - rows)[:, o] rows[:, i]``: what a layer's input lost on the way through compressed
+    blocks, correlated with the input it sees.
+    """
+    _check_rows(rows)
+    _check_rows(other)
+    values = rows.float()
+    cross.addmm_((other.float() - values).T, values)
+
+
+def find_dead_columns(gram: Tensor) -> Tensor:
+    """Inputs that are zero in every row, ``(I,)`` bool: their weights cannot matter."""
+    return gram.diagonal() <= 0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A damped Gram matrix and the upper ``U`` with ``inverse(gram) = U^T U``, both ``(I, I)`` float32.
+
+    ``damping`` is what was used, relative to ``mean(diag H)``; ``escalations`` counts failed attempts before it.
+    """
+
+    gram: Tensor
+    upper: Tensor
+    damping: float
+    escalations: int
+    float64: bool = False
+
+
+def factor_gram(gram: Tensor, damping: float) -> Factor:
+    """Damp ``gram`` ``(I, I)`` by ``damping * mean(diag)`` and factor its inverse.
+
+    With ``J`` the reversal of rows, ``J H J = L L^T`` gives ``H = M M^T`` with upper ``M = J L J``, so ``U = inverse(M)``:
+    one Cholesky factorization and one triangular inverse. Dead columns get a 1 on the diagonal. A matrix that is not
+    positive definite in float32 is tried in float64, then with more damping, every failure counted.
+    Raises ``NumericsError`` when no rung of the ladder works.
+    """
+    if not torch.isfinite(gram).all():
+        raise NumericsError("the Gram matrix holds NaN or infinite values")
+    dead = find_dead_columns(gram)
+    mean = float(gram.diagonal().double().mean()) if len(gram) else 1.0
+    mean = mean if mean > 0 else 1.0
+    escalations = 0
+    for rung in _LADDER:
+        used = rung * damping if damping > 0 else (0.0 if rung == 1.0 else rung * _SMALLEST)
+        damped = gram.clone()
+        damped.diagonal().add_(used * mean)
+        damped.diagonal()[dead] = mean
+        for dtype in (torch.float32, torch.float64):
+            upper = _invert(damped.to(dtype))
+            if upper is not None:
+                return Factor(damped, upper.float(), used, escalations, dtype == torch.float64)
+            escalations += 1
+    raise NumericsError(f"no damping up to {used:g} x mean(diag) makes the Gram matrix positive definite")
+
+
+def _invert(damped: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(failed) or not torch.isfinite(lower).all():
+        return None
+    upper = _invert_upper(lower.flip(0, 1))
+    return upper if torch.isfinite(upper).all() else None
+
+
+def _invert_upper(matrix: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix by halves: inv([[A, B], [0, D]]) = [[inv A, -inv A B inv D], [0, inv D]]."""
+    size = len(matrix)
+    if size <= 128:
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, eye, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half] = _invert_upper(matrix[:half, :half])
+    inverse[half:, half:] = _invert_upper(matrix[half:, half:])
+    inverse[:half, half:] = -(inverse[:half, :half] @ matrix[:half, half:]) @ inverse[half:, half:]
+    return inverse
+
+
+def correct_targets(weight: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:
+    """Weights ``(O, I)`` that make up, on the compressed stream, for what the input lost: ``W + a W C inverse(H)``.
+
+    Minimises ``sum |W x_dense - W* x|^2`` for ``a = strength = 1`` (METHODS 2.4, target-corrected GPTQ).
+    """
+    moved = (weight @ cross) @ factor.upper.T @ factor.upper
+    return weight + strength * moved

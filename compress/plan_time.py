@@ -1,0 +1,54 @@
+"""How long a run will take: counted operations over a rate that is measured on the spot in a blink."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from compress.types import LayerSpec
+
+SEARCH_RATE = 4e7  # weights per second and core through a clip search, measured on two laptop cores
+SWEEP_EFFICIENCY = 0.35  # of the GEMM rate, for column loops and triangular matrices
+DISK_RATE = 3e8  # bytes per second read and written
+
+
+def measure_rate(dtype: torch.dtype, device: str = "cpu", budget: float = 0.12) -> float:
+    """FLOP/s of a square product in ``dtype``: the best of what fits into ``budget`` seconds."""
+    size = 512 if device == "cpu" else 4096
+    left = torch.ones((size, size), dtype=dtype, device=device)
+    end = time.perf_counter() + budget
+    best = 0.0
+    while True:
+        start = time.perf_counter()
+        product = left @ left
+        product[0, 0].item()  # waits for an accelerator
+        now = time.perf_counter()
+        best = max(best, 2 * size**3 / max(now - start, 1e-9))
+        if now > end:
+            return best
+
+
+def forward_flops(parameters: int, tokens: int) -> float:
+    """Two operations per parameter and token; attention's own products are small beside them."""
+    return 2.0 * parameters * tokens
+
+
+def statistic_flops(widths: Sequence[int], tokens: int, cross: bool) -> float:
+    """``x x^T`` of every distinct input (half of it, by symmetry) and the full cross product where wanted."""
+    return float(sum(tokens * i * i * (3 if cross else 1) for i in widths))
+
+
+def solve_flops(specs: Sequence[LayerSpec], widths: Sequence[int], turns: int) -> float:
+    """Factorization ``(I, I)`` per input; per layer the OBS sweep ``O I^2``, doubled by each turn of refinement."""
+    return sum(2.0 * i**3 for i in widths) + sum((1.0 + 2 * turns) * s.shape[0] * s.shape[1] ** 2 for s in specs)
+
+
+def search_seconds(weights: int) -> float:
+    """Fitting grids and rounding, which is bound by memory."""
+    return weights / (SEARCH_RATE * max(torch.get_num_threads(), 1))
+
+
+def disk_seconds(read: int, written: int) -> float:
+    return (read + written) / DISK_RATE

@@ -1,0 +1,213 @@
+"""The loop: recipe -> plan -> read a block -> observe -> method -> format -> write. Start reading here.
+
+One block of the model is in memory at a time. Its calibration windows run through it as suspended forwards (``walk``):
+at each distinct layer input the driver computes the statistic, lets the steps change the layers that read it, and lets
+the windows go on through the changed layers (``block.py``). A finished block is a finished file, so that a killed run
+goes on where it was. The judge (errors per layer, the check after writing, perplexity) is in the driver and in
+``eval``, never in a method.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import finish
+from compress.block import BlockTask, CompressedBlock, Needs, Streams, compress_block
+from compress.errors import UserError
+from compress.plan import Plan, as_recipe, make_plan
+from compress.plan_inputs import default_output, pick_dtype
+from compress.prepare import Texts, load_tokenizer, make_texts
+from compress.progress import Progress, make_progress
+from compress.recipe import Recipe
+from compress.storage.checkpoint import Checkpoint
+from compress.storage.formats.base import Format, encode_unit, load_format
+from compress.storage.source import Source, resolve
+from compress.storage.writer import Writer
+from compress.walk.hidden import Hidden
+from compress.walk.skeleton import Skeleton
+from compress.walk.stream import Call, capture, record_calls
+from compress.walk.stream import finish as finish_forward
+
+OUTSIDE = "outside"  # the unit of everything that is not in a block
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is decided before the loop starts."""
+
+    recipe: Recipe
+    plan: Plan
+    skeleton: Skeleton
+    texts: Texts
+    progress: Progress
+    format: Format
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the steps want to know of the layers' inputs."""
+        return Needs.of(self.plan.layers.values(), len(self.texts.windows))
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    model: Any = None,
+    *,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    max_memory: int | str | None = None,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Any:
+    """Compress ``model`` as ``recipe`` says.
+
+    ``recipe``: a ``Recipe``, its dict, the path of a YAML file or the name of a shipped one. ``model``: a hub id, a
+    local folder, a GGUF file or a demo name (default: the recipe's); then the result is the folder ``output``, and a
+    ``finish.Result`` with its report is returned. Or a Transformers model in memory (with its ``tokenizer``, for
+    methods that look at text); then its weights are replaced in place and the same model is returned, with
+    ``model.compress_report``.
+
+    ``max_memory``: bytes or "6GB"; the plan keeps below it or says why it can't. ``fresh``: forget an unfinished run.
+    Raises ``UserError`` for what the user can mend, before any weight is loaded; ``VerificationError`` if what was
+    written does not reload as what was meant.
+    """
+    recipe = as_recipe(recipe)
+    progress = progress or make_progress()
+    if isinstance(model, nn.Module):
+        return compress_model(recipe, model, tokenizer, progress)
+    word = model if model is not None else recipe.model
+    if word is None:
+        raise UserError("no model: give --model, or model: in the recipe (a hub id, a folder, a GGUF file, or demo)")
+    source = resolve(str(word), trust_remote_code=trust_remote_code)
+    return compress_folder(recipe, source, output, device, max_memory, fresh, trust_remote_code, progress)
+
+
+def compress_folder(
+    recipe: Recipe,
+    source: Source,
+    output: str | Path | None,
+    device: str,
+    max_memory: int | str | None,
+    fresh: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> finish.Result:
+    """A checkpoint on disk in, a folder out; see ``run``."""
+    started = time.monotonic()
+    checkpoint = Checkpoint(source.folder)
+    checkpoint.check()
+    skeleton = Skeleton.from_checkpoint(checkpoint, pick_dtype(recipe, checkpoint), trust_remote_code)
+    folder = Path(output or recipe.output or default_output(source.name, recipe))
+    plan = make_plan(
+        recipe, skeleton, checkpoint, name=source.name, output=folder, device=device, max_memory=max_memory
+    )
+    progress.say(plan.render())
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    texts = make_texts(recipe, tokenizer, bool(plan.needs), vocabulary(skeleton))
+    job = Job(recipe, plan, skeleton, texts, progress, load_format(plan.format))
+    about = finish.describe_run(job, source.name, checkpoint.digest())
+    names = [unit.name for unit in plan.units]
+    with Writer(
+        folder, names, finish.digest(about), prefix=job.format.PREFIX, about=about, fresh=fresh,
+        needed_bytes=plan.bytes_after,
+    ) as writer:  # fmt: skip
+        logits = compress_units(job, writer)
+        cost = finish.Cost(time.monotonic() - started, finish.measure_peak())
+        return finish.finish_folder(job, writer, source.folder, logits, cost, trust_remote_code)
+
+
+def compress_units(job: Job, writer: Writer) -> Tensor:
+    """Every unit that is not written yet, in order. Returns the probe's logits ``(1, T, V)`` of the compressed model."""
+    blocks = job.skeleton.blocks
+    done = next((i for i, name in enumerate(blocks) if not writer.has(name)), len(blocks))
+    spill = writer.spill_folder()
+    streams, calls = start_streams(job, spill, done)
+    with job.progress.stage("Compressing blocks", len(blocks) - done) as bar:
+        for i in range(done, len(blocks)):
+            task = make_task(job, i, calls[i], spill)
+            result = compress_block(job.skeleton, task, streams, job.plan.device)
+            streams.close()
+            streams = result.streams
+            reports = [asdict(outcome.report) for outcome in result.outcomes]
+            writer.write(blocks[i], encode_block(job, blocks[i], result), {"layers": reports})
+            Streams.delete(spill, i)
+            bar.advance()
+    if not writer.has(OUTSIDE):
+        writer.write(OUTSIDE, dict(job.skeleton.outside_tensors()), {"layers": []})
+    return probe_logits(job, streams)
+
+
+def start_streams(job: Job, spill: Path | None, done: int) -> tuple[Streams, list[dict[int, Call]]]:
+    """The streams in front of block ``done``: embedded anew for the first one, else as a killed run left them."""
+    calls = None
+    if done == 0:
+        main, calls = capture(job.skeleton, job.texts.all, spill and spill / Streams.file("main", 0), job.plan.device)
+        dense = None
+        if job.needs.dense_windows:
+            dense = Hidden.create(
+                spill and spill / Streams.file("dense", 0), main.lengths[: job.needs.dense_windows], main.width, main.dtype
+            )
+            for n in range(len(dense)):
+                dense.write(n, main.read(n))
+            dense.flush()
+        return Streams(main, dense), calls
+    assert spill is not None
+    model = job.skeleton.load_outside(job.plan.device, head=False)
+    calls = record_calls(model, job.skeleton.blocks, job.texts.all)
+    dense_path = spill / Streams.file("dense", done)
+    dense = Hidden.open(dense_path) if dense_path.is_file() else None
+    return Streams(Hidden.open(spill / Streams.file("main", done)), dense), calls
+
+
+def make_task(job: Job, i: int, calls: dict[int, Call], spill: Path | None) -> BlockTask:
+    """What ``compress_block`` needs to know of block ``i``."""
+    layers = {layer.spec.name: layer for layer in job.plan.unit(job.skeleton.blocks[i]).layers}
+    return BlockTask(i, layers, calls, job.needs, job.plan.scale_dtype, job.plan.suspend, spill)
+
+
+def encode_block(job: Job, prefix: str, result: CompressedBlock) -> dict[str, Tensor]:
+    """The tensors of a block's file: compressed layers in the format, the rest as it is."""
+    state = {f"{prefix}.{name}": tensor for name, tensor in result.block.state_dict().items()}
+    return encode_unit(job.format, state, [(o.spec, o.state) for o in result.outcomes], job.plan.dtype)
+
+
+def probe_logits(job: Job, streams: Streams) -> Tensor:
+    """Logits ``(1, T, V)`` of the held-out probe at the end of the compressed blocks: what a reload has to give."""
+    model = job.skeleton.load_outside(job.plan.device)
+    hidden = streams.main.read(streams.probe, job.plan.device)
+    streams.close()
+    return finish_forward(model, job.skeleton.blocks, hidden).float().cpu()
+
+
+def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:
+    """A model in memory: the same loop, its weights replaced in place; see ``run``."""
+    started = time.monotonic()
+    skeleton = Skeleton.from_model(model)
+    plan = make_plan(recipe, skeleton, name=type(model).__name__, output=None, device=str(model.device))
+    progress.say(plan.render())
+    texts = make_texts(recipe, tokenizer, bool(plan.needs), vocabulary(skeleton))
+    job = Job(recipe, plan, skeleton, texts, progress, load_format(plan.format))
+    streams, calls = start_streams(job, None, 0)
+    reports: list[dict[str, Any]] = []
+    with torch.no_grad(), progress.stage("Compressing blocks", len(skeleton.blocks)) as bar:
+        for i in range(len(skeleton.blocks)):
+            result = compress_block(skeleton, make_task(job, i, calls[i], None), streams, plan.device)
+            streams = result.streams
+            reports += [asdict(outcome.report) for outcome in result.outcomes]
+            bar.advance()
+    model.compress_report = finish.report_model(job, reports, finish.Cost(time.monotonic() - started, finish.measure_peak()))
+    return model
+
+
+def vocabulary(skeleton: Skeleton) -> int:
+    """Number of tokens that the model knows."""
+    return int(skeleton.config.get_text_config(decoder=True).vocab_size)

@@ -1,0 +1,200 @@
+"""Our own format, for what stock formats can't carry: any width from 1 to 8, float zeros, Conv1D, single experts.
+
+Files are ``compress-0000i-of-0000n.safetensors`` with the index ``compress.safetensors.index.json``, so that a stock
+``from_pretrained`` stops with "no file named model.safetensors" rather than start at random; use ``compress.load``.
+Tensors of one layer, ``<stem>`` being its name, or ``<parameter>.<index>`` for one expert of a fused parameter:
+
+| tensor          | dtype, shape                    | meaning                                                        |
+| --------------- | ------------------------------- | -------------------------------------------------------------- |
+| ``<stem>.codes``| uint8 ``ceil(O * I * bits / 8)``| codes ``0 .. 2**bits - 1``, row after row, lowest bit first     |
+| ``<stem>.scale``| float ``(O, G)``                | one scale per row and group of inputs                          |
+| ``<stem>.zero`` | uint8 ``ceil(O * G * bits / 8)``| integer zeros, packed as the codes; absent if symmetric         |
+|                 | or float ``(O, G)``             | float zeros, in the dtype of the scale                         |
+
+``weight[o, i] = scale[o, g] * (code[o, i] - zero[o, g])``, ``(O, I)`` for Conv1D too; symmetric means
+``zero = 2**(bits - 1)``. ``config.json`` lists every layer under ``quantization_config.layers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.errors import UserError
+from compress.numerics.packing import pack_codes, unpack_codes
+from compress.storage.files import DTYPE_NAMES, DTYPES, TensorHeader
+from compress.storage.formats.base import (
+    Layers,
+    QuantSpec,
+    dequantize,
+    read_setting,
+    refuse_indivisible,
+    store_exactly,
+    take,
+)
+from compress.types import LayerSpec, LayerState
+
+NAME = "native"
+PREFIX = "compress"
+LOADS_WITH: tuple[str, ...] = ("compress",)
+VERSION = 1
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """The model's own dtype."""
+    return model_dtype
+
+
+def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
+    """Any affine grid of 1 to 8 bits whose groups fit the row."""
+    if quant is None:
+        return None
+    if not 1 <= quant.bits <= 8:
+        return f"native carries 1 to 8 bits, got {quant.bits}"
+    return refuse_indivisible(spec, quant)
+
+
+def conflict(layers: Layers, untouched: Sequence[LayerSpec]) -> str | None:
+    """Never: each layer is described on its own."""
+    return None
+
+
+def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one layer; a layer without a grid is written as its plain weight."""
+    stem = _stem(spec)
+    if state.grid is None or state.codes is None:
+        weight = state.weight.t() if spec.kind == "conv1d" else state.weight
+        return {stem if spec.kind == "expert" else spec.parameter: weight.to(model_dtype).contiguous()}
+    grid = state.grid
+    dtype = scale_dtype(model_dtype)
+    tensors = {
+        f"{stem}.codes": pack_bytes(state.codes, grid.bits),
+        f"{stem}.scale": store_exactly(spec, grid.scale, dtype, "scale"),
+    }
+    if grid.float_zero:
+        tensors[f"{stem}.zero"] = store_exactly(spec, grid.zero, dtype, "float zero")
+    elif not grid.symmetric:
+        tensors[f"{stem}.zero"] = pack_bytes(store_exactly(spec, grid.zero, torch.uint8, "zero"), grid.bits)
+    else:
+        assert bool((grid.zero == 2 ** (grid.bits - 1)).all()), f"{spec.name}: a symmetric zero is 2**(bits - 1)"
+    return tensors
+
+
+def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
+    """``(O, I)`` float32. Raises UserError where configuration and tensors contradict each other."""
+    stem = _stem(spec)
+    quant = _read_quant(spec, config)
+    rows, columns = spec.shape
+    groups = quant.groups(spec)
+    stream = take(spec, tensors, f"{stem}.codes", torch.uint8, (count_bytes(spec.numel, quant.bits),))
+    codes = unpack_bytes(stream, quant.bits, spec.numel).reshape(rows, columns)
+    scale = take(spec, tensors, f"{stem}.scale", None, (rows, groups))
+    if quant.float_zero:
+        zero = take(spec, tensors, f"{stem}.zero", None, (rows, groups))
+    elif quant.symmetric:
+        zero = torch.full((rows, groups), float(2 ** (quant.bits - 1)))
+    else:
+        stream = take(spec, tensors, f"{stem}.zero", torch.uint8, (count_bytes(rows * groups, quant.bits),))
+        zero = unpack_bytes(stream, quant.bits, rows * groups).reshape(rows, groups)
+    return dequantize(codes, scale, zero, quant.inputs_per_group(spec))
+
+
+def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
+    """Bytes of the tensors of one layer."""
+    size = spec.dtype.itemsize
+    if quant is None:
+        return spec.numel * size
+    scales = spec.shape[0] * quant.groups(spec)
+    zeros = scales * size if quant.float_zero else 0 if quant.symmetric else count_bytes(scales, quant.bits)
+    return count_bytes(spec.numel, quant.bits) + scales * scale_dtype(spec.dtype).itemsize + zeros
+
+
+def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[str, Any] | None:
+    """Every layer with where it lives and how its codes are laid out."""
+    table = {}
+    for spec, quant in layers:
+        entry: dict[str, Any] = {
+            "shape": list(spec.shape),
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "kind": spec.kind,
+            "parameter": spec.parameter,
+            "bits": quant.bits,
+            "group_size": quant.group_size,
+            "symmetric": quant.symmetric,
+        }
+        if quant.float_zero:
+            entry["float_zero"] = True
+        if spec.index is not None:
+            entry["index"] = spec.index
+        table[spec.name] = entry
+    return {"quant_method": "compress", "version": VERSION, "layers": table}
+
+
+def list_layers(
+    headers: Mapping[str, TensorHeader], config: Mapping[str, Any]
+) -> list[tuple[LayerSpec, tuple[str, ...]]]:
+    """Every encoded layer and the tensors that make it."""
+    version = config.get("version")
+    if version != VERSION:
+        raise UserError(f"quantization_config: version is {version!r}, this compress reads {VERSION}; install a matching one")
+    found = []
+    for name, entry in read_setting(config, "layers", dict, "quantization_config").items():
+        spec = _read_spec(name, entry)
+        stem = _stem(spec)
+        names = (f"{stem}.codes", f"{stem}.scale", f"{stem}.zero")
+        found.append((spec, tuple(tensor for tensor in names if tensor in headers)))
+    return found
+
+
+def count_bytes(count: int, bits: int) -> int:
+    """Bytes of ``count`` codes laid end to end."""
+    return -(-count * bits // 8)
+
+
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Codes of any shape as one stream of bits without padding: uint8 ``(ceil(numel * bits / 8),)``."""
+    return pack_codes(codes.reshape(-1), bits).view(torch.uint8)[: count_bytes(codes.numel(), bits)].clone()
+
+
+def unpack_bytes(stream: Tensor, bits: int, count: int) -> Tensor:
+    """Undoes ``pack_bytes``: uint8 ``(count,)``."""
+    padded = torch.nn.functional.pad(stream, (0, -len(stream) % 4))
+    return unpack_codes(padded.view(torch.int32), bits, count)
+
+
+def _stem(spec: LayerSpec) -> str:
+    return f"{spec.parameter}.{spec.index}" if spec.kind == "expert" else spec.name
+
+
+def _read_spec(name: str, entry: Any) -> LayerSpec:
+    where = f"quantization_config.layers.{name}"
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: wanted a mapping, got {entry!r}")
+    shape = read_setting(entry, "shape", list, where)
+    kind = read_setting(entry, "kind", str, where)
+    index = read_setting(entry, "index", int, where) if kind == "expert" else None
+    dtype = DTYPES.get(read_setting(entry, "dtype", str, where))
+    whole = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+    if not whole or dtype is None or kind not in ("linear", "conv1d", "expert"):
+        raise UserError(f"{where}: shape {shape}, dtype {entry['dtype']!r}, kind {kind!r} describe no layer")
+    return LayerSpec(name, (shape[0], shape[1]), dtype, kind, read_setting(entry, "parameter", str, where), index)
+
+
+def _read_quant(spec: LayerSpec, config: Mapping[str, Any]) -> QuantSpec:
+    where = f"quantization_config.layers.{spec.name}"
+    entry = read_setting(config, "layers", dict, "quantization_config").get(spec.name)
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: missing")
+    quant = QuantSpec(
+        read_setting(entry, "bits", int, where),
+        read_setting(entry, "group_size", int, where),
+        read_setting(entry, "symmetric", bool, where),
+        bool(entry.get("float_zero", False)),
+    )
+    reason = carries(spec, quant, "") if quant.group_size == -1 or quant.group_size > 0 else "group_size is not positive"
+    if reason is not None:
+        raise UserError(f"{where}: {reason}")
+    return quant

@@ -1,0 +1,109 @@
+"""The values that flow from the recipe to the written file: frozen dataclasses with their invariants.
+
+Dimension letters used everywhere: O out features, I in features, G groups per row, T tokens, D hidden size,
+N windows (calibration sequences), E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One linear layer of a block as the methods see it: a matrix ``(O, I)``, wherever it really lives.
+
+    ``kind`` tells how the parameter is stored: ``linear`` ``(O, I)``; ``conv1d`` ``(I, O)``, transposed (GPT-2);
+    ``expert`` slice ``index`` of a fused 3-D tensor ``(E, O, I)``.
+    """
+
+    name: str  # full name in the model, e.g. "model.layers.0.self_attn.q_proj"
+    shape: tuple[int, int]  # (O, I)
+    dtype: torch.dtype
+    kind: Literal["linear", "conv1d", "expert"] = "linear"
+    parameter: str = ""  # full name of the parameter that holds it, e.g. "model.layers.0.mlp.experts.down_proj"
+    index: int | None = None  # which expert, for kind "expert"
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An affine grid, one scale and zero per row and group of ``group_size`` consecutive inputs.
+
+    ``w_hat[o, i] = scale[o, g] * (code[o, i] - zero[o, g])`` with ``g = i // group_size`` and codes ``0 .. 2**bits - 1``.
+    Symmetric means ``zero == 2**(bits - 1)`` everywhere; the scale may then be negative (full-range signed absmax).
+    ``zero`` holds integers unless ``float_zero``.
+    """
+
+    bits: int
+    group_size: int  # inputs per group; I for one group per row
+    symmetric: bool
+    scale: Tensor  # (O, G) float32, every value representable in the dtype it will be stored in
+    zero: Tensor  # (O, G) float32; where float_zero, representable in the dtype of the scale as well
+    float_zero: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.scale.shape == self.zero.shape and self.scale.dim() == 2, "scale and zero are (O, G)"
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """A layer on its way through the steps: the weight as the model will see it and what steps made of it.
+
+    Invariant: with ``grid`` set, ``weight`` equals the dequantization of ``codes``.
+    """
+
+    weight: Tensor  # (O, I) float32
+    grid: Grid | None = None
+    codes: Tensor | None = None  # (O, I) uint8, present exactly when grid is
+    notes: Mapping[str, Any] = field(default_factory=dict)  # what a method did: damping, fallback, dead columns ...
+
+    def __post_init__(self) -> None:
+        assert (self.grid is None) == (self.codes is None), "grid and codes come together"
+
+    def with_notes(self, **notes: Any) -> LayerState:
+        return replace(self, notes={**self.notes, **notes})
+
+
+@dataclass
+class Statistic:
+    """What calibration says of one distinct layer input, over ``tokens`` rows ``x`` of ``I`` features.
+
+    ``gram``: ``sum x x^T`` ``(I, I)`` float32. ``cross``: ``sum (x_dense - x) x^T`` ``(I, I)`` float32, where
+    ``x_dense`` is the same input in the uncompressed model; only where a step wants targets from the dense stream.
+    ``cache`` keeps what methods derive from it (a Cholesky factor), since q, k and v share one statistic.
+    """
+
+    tokens: int
+    gram: Tensor
+    cross: Tensor | None = None
+    cross_tokens: int = 0  # rows that cross was summed over; fewer than tokens if the dense stream has fewer windows
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayerReport:
+    """What happened to one layer; one entry of ``report.json``'s ``layers``."""
+
+    name: str
+    shape: tuple[int, int]
+    method: str  # step names joined by "+"
+    weight_error: float  # ||W - W_hat||^2 / ||W||^2
+    output_error: float | None  # ||(W - W_hat) X||^2 / ||W X||^2 on held-out tokens
+    bits_per_weight: float  # counted with scales and zeros, as stored
+    seconds: float
+    tokens: int | None = None  # calibration rows that this layer's statistic saw
+    fallback: str | None = None  # what was done instead of what the recipe asked, and why
+    notes: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The only code that knows ``nn.Module``, hooks and devices: a model's blocks, their layers, the hidden states."""

@@ -1,0 +1,113 @@
+"""Statistics of a group's input, window by window: Gram matrix, cross term with the dense stream, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.numerics.gram import add_cross, add_gram, mirror_gram
+from compress.types import Statistic
+from compress.walk.coroutine import BlockWalk, InputGroup, Rows
+from compress.walk.hidden import Hidden
+
+
+class TokenWeights:
+    """A weight ``w_t`` for every token of every window; with it a Gram matrix is ``sum w_t x_t x_t^T``.
+
+    ``residual``: ``w_t = 1 / mean(h_t^2)`` of the block's input hidden state ``h_t``, scaled to mean 1 over the tokens
+    of ``windows``: an error counts relative to the residual stream that it is added to, so that the few tokens of huge
+    norm (attention sinks) do not rule the Gram matrix.
+    """
+
+    def __init__(self, inputs: Hidden, windows: Sequence[int]) -> None:
+        tiny = torch.finfo(torch.float32).tiny
+        raw = [1 / inputs.read(n)[0].float().square().mean(dim=1).clamp_min(tiny) for n in range(len(inputs))]
+        mean = torch.cat([raw[n] for n in windows]).mean()
+        self._weights = [weight / mean for weight in raw]
+
+    def read(self, n: int) -> Tensor:
+        """``(T_n,)`` float32."""
+        return self._weights[n]
+
+
+def make_token_weights(
+    kind: Literal["uniform", "residual"], inputs: Hidden, held_out: Sequence[int] = ()
+) -> TokenWeights | None:
+    """Token weights of a block's ``inputs``, normalised over its calibration windows; None for uniform ones."""
+    if kind == "uniform":
+        return None
+    return TokenWeights(inputs, [n for n in range(len(inputs)) if n not in set(held_out)])
+
+
+class Accumulator:
+    """Builds the ``Statistic`` of one group from its rows."""
+
+    def __init__(self, features: int, cross: bool, weights: TokenWeights | None, device: torch.device) -> None:
+        self._weights = weights
+        self._gram = torch.zeros(features, features, device=device)
+        self._cross = torch.zeros(features, features, device=device) if cross else None
+        self._tokens = 0
+        self._cross_tokens = 0
+
+    @torch.no_grad()
+    def add(self, rows: Rows) -> None:
+        """Add one window: ``gram += sum w x x^T`` and, where there is a pair, ``cross += sum w (x_dense - x) x^T``."""
+        root = self._root_weights(rows)
+        x = rows.x.float() if root is None else rows.x.float() * root
+        self._tokens += x.shape[0]
+        add_gram(self._gram, x)
+        if self._cross is not None and rows.dense is not None:
+            dense = rows.dense.float() if root is None else rows.dense.float() * root
+            add_cross(self._cross, x, dense)
+            self._cross_tokens += x.shape[0]
+
+    def statistic(self) -> Statistic:
+        """What was added so far; the accumulator is done after it."""
+        cross = self._cross if self._cross_tokens else None
+        return Statistic(self._tokens, mirror_gram(self._gram), cross, cross_tokens=self._cross_tokens)
+
+    def _root_weights(self, rows: Rows) -> Tensor | None:
+        """``sqrt(w)`` of each row ``(T, 1)``."""
+        if self._weights is None:
+            return None
+        weight = self._weights.read(rows.window).to(rows.x.device)
+        weight = weight if rows.positions is None else weight[rows.positions]
+        return weight.sqrt()[:, None]
+
+
+def accumulate(
+    group: InputGroup, *, cross: bool = False, weights: TokenWeights | None = None, held_out: bool = False
+) -> Statistic:
+    """The statistic of a group that waits: over the calibration windows, or over the held-out ones."""
+    rows = iter(group.rows(held_out))
+    first = next(rows, None)
+    features = group.specs[0].shape[1]
+    if first is None:
+        return Statistic(0, torch.zeros(features, features))
+    accumulator = Accumulator(features, cross, weights, first.x.device)
+    accumulator.add(first)
+    for one in rows:
+        accumulator.add(one)
+    return accumulator.statistic()
+
+
+def observe(
+    walk: BlockWalk, *, cross: bool = False, weights: TokenWeights | None = None
+) -> list[tuple[InputGroup, Statistic, Statistic]]:
+    """Statistics of all groups of a block in one pass with its weights as they are: (group, calibration, held out)."""
+    pairs: dict[int, tuple[InputGroup, Accumulator, Accumulator]] = {}
+    device = next(walk.block.parameters()).device
+    for group in walk.input_groups():
+        features = group.specs[0].shape[1]
+        calibration = Accumulator(features, cross, weights, device)
+        pairs[group.index] = (group, calibration, Accumulator(features, False, None, device))
+
+    def visit(group: InputGroup, rows: Rows) -> None:
+        _, calibration, held_out = pairs[group.index]
+        (held_out if rows.window in walk.held_out else calibration).add(rows)
+
+    walk.observe(visit)
+    return [(group, one.statistic(), other.statistic()) for group, one, other in pairs.values()]
