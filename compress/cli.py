@@ -139,10 +139,12 @@ def run_command(options: argparse.Namespace) -> int:
         return plan_command(options)
     from compress.progress import make_progress
     from compress.recipe import load
+
+    recipe = load(options.recipe, options.set)  # before the heavy imports: its mistakes should show at once
     from compress.run import run
 
     result = run(
-        load(options.recipe, options.set),
+        recipe,
         model=options.model,
         output=options.output,
         device=options.device,

@@ -211,8 +211,20 @@ def make_plan(
         check_output(output, after + costs.spill_bytes, checkpoint.folder if checkpoint else None)
     before = checkpoint.nbytes if checkpoint is not None else sum(unit.bytes_before for unit in units)
     return Plan(
-        recipe, name, output, device, skeleton.dtype, form, units, tuple(coverage), before, after, costs, limit,
-        selection.adjusted, selection.skipped,
+        recipe,
+        name,
+        output,
+        device,
+        skeleton.dtype,
+        form,
+        units,
+        tuple(coverage),
+        before,
+        after,
+        costs,
+        limit,
+        selection.adjusted,
+        selection.skipped,
     )
 
 
@@ -249,5 +261,3 @@ def _make_units(skeleton: Skeleton, layers: list[PlannedLayer], coverage: list[C
     total = size * sum(row.numel for row in coverage)
     outside = total - sum(unit.bytes_before for unit in units)
     return (*units, PlannedUnit("outside", (), outside, outside))
-
-

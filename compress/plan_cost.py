@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from compress import plan_time
 from compress.errors import UserError
 from compress.plan_memory import BlockShape, Memory, Workload, group_layers, measure_free, peak_bytes, spill_bytes
@@ -13,6 +15,7 @@ from compress.plan_select import PlannedLayer, load_method
 from compress.plan_table import size
 from compress.prepare import PROBE_TOKENS
 from compress.recipe import Recipe
+from compress.types import LayerSpec
 from compress.walk.memory import estimate_live_bytes, estimate_running_bytes
 
 if TYPE_CHECKING:
@@ -63,8 +66,8 @@ def describe_work(
     windows, tokens = (recipe.calibration.samples, recipe.calibration.tokens) if needs else (1, PROBE_TOKENS)
     itemsize = skeleton.dtype.itemsize
     blocks = []
-    for unit in units[:-1]:
-        specs = skeleton.block_specs(skeleton.blocks.index(unit.name))
+    for index, unit in enumerate(units[:-1]):
+        specs = skeleton.block_specs(index)
         live = estimate_live_bytes(skeleton.config, specs, tokens, itemsize) if specs else 0
         running = estimate_running_bytes(skeleton.config, specs, tokens, itemsize) if specs else 0
         groups = group_layers([layer.spec for layer in unit.layers])
@@ -82,6 +85,7 @@ def describe_work(
         windows=windows,
         dense_windows=max(dense, default=0),
         gram="gram" in needs,
+        matrices=len(needs),
         cross="cross" in needs,
         grams_at_once=not all(sequential),
         suspend=all(sequential),
@@ -98,32 +102,45 @@ def estimate_seconds(
     recipe: Recipe, skeleton: Skeleton, units: Sequence[PlannedUnit], work: Workload, device: str
 ) -> dict[str, float]:
     """By stage: forward passes, statistics, methods, evaluation, disk."""
-    import torch
-
     forward_rate = plan_time.measure_rate(skeleton.dtype, device)
     rate = forward_rate if skeleton.dtype == torch.float32 else plan_time.measure_rate(torch.float32, device)
-    parameters = sum(row.numel for row in skeleton.coverage(()) if row.reason != "embedding")
-    tokens = work.windows * (recipe.calibration.tokens if work.gram else PROBE_TOKENS)
-    solve = rate * plan_time.SWEEP_EFFICIENCY
+    routed = find_routed_share(skeleton)
     seconds = {"forward": 0.0, "statistics": 0.0, "methods": 0.0, "evaluation": 0.0}
-    for unit in units[:-1]:
+    tokens = work.windows * (recipe.calibration.tokens if work.gram else PROBE_TOKENS)
+    cross_tokens = tokens * work.dense_windows // work.windows
+    active = float(sum(row.numel for row in skeleton.coverage(()) if row.reason == "output head"))
+    for index, unit in enumerate(units[:-1]):
         specs = [layer.spec for layer in unit.layers]
-        seconds["methods"] += plan_time.search_seconds(sum(spec.numel for spec in specs))
+        used = count_active(skeleton.block_specs(index), routed)
+        active += used
         widths = [columns for columns, _ in group_layers(specs)]
-        again = 1.0 if work.grams_at_once else 0.0 if work.suspend else len(widths) / 2
-        flops = plan_time.forward_flops(unit.bytes_before // skeleton.dtype.itemsize, tokens)
-        seconds["forward"] += (1 + again) * (1 + work.dense_windows / work.windows) * flops / forward_rate
+        again = 1.0 if work.grams_at_once else 0.0 if work.suspend else len({*widths}) / 2
+        seconds["forward"] += (1 + again) * plan_time.forward_flops(used, tokens + cross_tokens) / forward_rate
+        seconds["methods"] += plan_time.search_seconds(sum(spec.numel for spec in specs))
         if not work.gram or not specs:
             continue
-        seconds["statistics"] += plan_time.statistic_flops(widths, tokens, work.cross) / rate
+        seconds["statistics"] += plan_time.statistic_flops(specs, tokens, cross_tokens, routed) / rate
         turns = max((int(getattr(s.config, "refinements", 0)) for one in unit.layers for s in one.steps), default=0)
-        seconds["methods"] += plan_time.solve_flops(specs, widths, turns) / solve
-    if recipe.eval is not None:
+        seconds["methods"] += plan_time.solve_flops(specs, widths, turns) / (rate * plan_time.SWEEP_EFFICIENCY)
+    if recipe.eval is not None:  # the dense model and the compressed one
         measured = recipe.eval.windows * recipe.eval.tokens
-        seconds["evaluation"] = 2 * plan_time.forward_flops(parameters, measured) / forward_rate
+        seconds["evaluation"] = 2 * plan_time.forward_flops(active, measured) / forward_rate
     read, written = sum(unit.bytes_before for unit in units), sum(unit.bytes_after for unit in units)
-    seconds["disk"] = plan_time.disk_seconds(read, written + 2 * spill_bytes(work) * len(work.blocks))
+    seconds["disk"] = plan_time.disk_seconds(read, written + spill_bytes(work) * len(skeleton.blocks))
     return seconds
+
+
+def find_routed_share(skeleton: Skeleton) -> float:
+    """The share of tokens that an expert sees on average; 1 for a model without experts."""
+    specs = skeleton.block_specs(0)
+    experts = 1 + max((spec.index or 0 for spec in specs if spec.kind == "expert"), default=0)
+    chosen = getattr(skeleton.config.get_text_config(decoder=True), "num_experts_per_tok", None) or 1
+    return min(1.0, int(chosen) / experts)
+
+
+def count_active(specs: Sequence[LayerSpec], routed: float) -> float:
+    """Weights that one token passes through."""
+    return sum(spec.numel * (routed if spec.kind == "expert" else 1.0) for spec in specs)
 
 
 def _inside(name: str, blocks: Sequence[str]) -> bool:

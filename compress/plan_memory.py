@@ -66,6 +66,7 @@ class Workload:
     windows: int  # calibration windows; for a run without data the one held-out window
     dense_windows: int  # how many of them the dense stream has
     gram: bool
+    matrices: int  # per statistic, at most (I, I) float32 each: Gram, cross, residual
     cross: bool  # targets from the dense stream: a second block, a second stream, a second matrix
     grams_at_once: bool  # all of a block's Gram matrices live together (not true-sequential)
     suspend: bool  # all windows wait in the block at once
@@ -120,7 +121,7 @@ def block_terms(work: Workload, block: BlockShape) -> dict[str, int]:
         ((copies_bytes(work, i, rows), gram_bytes(work, i)) for i, rows in block.groups), key=sum, default=(0, 0)
     )
     if work.gram and work.grams_at_once:
-        gram += sum(matrices(work) * i * i * FLOAT for i, _ in block.groups)
+        gram += sum(work.matrices * i * i * FLOAT for i, _ in block.groups)
     return {
         "block weights": block.weight_bytes,
         "dense copy of the block": block.weight_bytes if work.cross else 0,
@@ -140,12 +141,7 @@ def copies_bytes(work: Workload, columns: int, rows: int) -> int:
 
 def gram_bytes(work: Workload, columns: int) -> int:
     """The statistic of one input and what its factorization needs, ``(I, I)`` float32 each."""
-    return int((matrices(work) + GRAM_COPIES) * columns * columns * FLOAT) if work.gram else 0
-
-
-def matrices(work: Workload) -> int:
-    """Matrices ``(I, I)`` per statistic: the Gram matrix, and the cross matrix."""
-    return 2 if work.cross else 1
+    return int((work.matrices + GRAM_COPIES) * columns * columns * FLOAT) if work.gram else 0
 
 
 def hidden_bytes(work: Workload) -> int:

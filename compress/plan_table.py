@@ -33,17 +33,17 @@ def render(plan: Plan, width: int | None = None) -> str:
 
 def _layer_table(plan: Plan) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Layers", title_justify="left", pad_edge=False)
-    for name in ("layers", "count", "shape", "steps", "bits", "group", "stored bits", "before", "after"):
-        table.add_column(name, justify="left" if name in ("layers", "steps") else "right", overflow="fold")
+    table.add_column("layers", no_wrap=True)
+    for name in ("count", "shape", "steps", "bits", "group", "stored", "bytes"):
+        table.add_column(name, justify="left" if name == "steps" else "right", overflow="fold")
     for row in group_rows(plan):
         one, count = row[0], len(row)
         quant = one.quant
         group = "" if quant is None else "row" if quant.group_size == -1 else str(quant.group_size)
-        table.add_row(
-            _pattern(one.spec.name), str(count), f"{one.spec.shape[0]} x {one.spec.shape[1]}",
-            "+".join(step.method for step in one.steps), "" if quant is None else str(quant.bits), group,
-            f"{one.bits_per_weight:.2f}", size(count * one.spec.numel * plan.dtype.itemsize), size(count * one.nbytes),
-        )
+        steps = "+".join(step.method for step in one.steps)
+        bits, stored = "" if quant is None else str(quant.bits), f"{one.bits_per_weight:.2f} bit"
+        shape = f"{one.spec.shape[0]} x {one.spec.shape[1]}"
+        table.add_row(_pattern(one.spec.name), str(count), shape, steps, bits, group, stored, size(count * one.nbytes))
     return table
 
 

@@ -16,7 +16,7 @@ DISK_RATE = 3e8  # bytes per second read and written
 
 def measure_rate(dtype: torch.dtype, device: str = "cpu", budget: float = 0.12) -> float:
     """FLOP/s of a square product in ``dtype``: the best of what fits into ``budget`` seconds."""
-    size = 512 if device == "cpu" else 4096
+    size = 1024 if device == "cpu" else 4096
     left = torch.ones((size, size), dtype=dtype, device=device)
     end = time.perf_counter() + budget
     best = 0.0
@@ -30,14 +30,19 @@ def measure_rate(dtype: torch.dtype, device: str = "cpu", budget: float = 0.12) 
             return best
 
 
-def forward_flops(parameters: int, tokens: int) -> float:
+def forward_flops(parameters: float, tokens: int) -> float:
     """Two operations per parameter and token; attention's own products are small beside them."""
     return 2.0 * parameters * tokens
 
 
-def statistic_flops(widths: Sequence[int], tokens: int, cross: bool) -> float:
-    """``x x^T`` of every distinct input (half of it, by symmetry) and the full cross product where wanted."""
-    return float(sum(tokens * i * i * (3 if cross else 1) for i in widths))
+def statistic_flops(specs: Sequence[LayerSpec], tokens: int, cross_tokens: int, routed: float) -> float:
+    """``x x^T`` of every distinct input (half of it, by symmetry) and the full cross product where wanted.
+
+    ``routed``: the share of tokens that reaches an expert; experts have no cross product.
+    """
+    experts = sum(routed * tokens * spec.shape[1] ** 2 for spec in specs if spec.kind == "expert")
+    inputs = {(spec.name.rpartition(".")[0], spec.shape[1]) for spec in specs if spec.kind != "expert"}
+    return experts + sum((tokens + 2.0 * cross_tokens) * width**2 for _, width in inputs)
 
 
 def solve_flops(specs: Sequence[LayerSpec], widths: Sequence[int], turns: int) -> float:

@@ -63,12 +63,20 @@ def make_texts(recipe: Recipe, tokenizer: Any | None, calibrated: bool, vocabula
             raise UserError("calibration wants text, and the model has no tokenizer; add one, or use rtn, which needs no data")
         generator = torch.Generator().manual_seed(recipe.seed)
         return Texts((), torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator), {"probe": "random tokens"})
-    source = recipe.eval.corpus if recipe.eval is not None else recipe.calibration.corpus
-    held_out = cut_windows(corpora.load(source, "test"), tokenizer, tokens=PROBE_TOKENS, count=1)
-    protocol: dict[str, Any] = {"probe": held_out.protocol()}
-    if not calibrated:
-        return Texts((), held_out.ids[0], protocol)
     wanted = recipe.calibration
-    text = corpora.load(wanted.corpus, "calibration")
-    windows = cut_windows(text, tokenizer, tokens=wanted.tokens, count=wanted.samples, seed=wanted.seed)
-    return Texts(list(windows.ids), held_out.ids[0], {**protocol, "calibration": windows.protocol()})
+    probe, protocol = _cut_probe(recipe, tokenizer)
+    if not calibrated:
+        return Texts((), probe, {"probe": protocol})
+    windows = cut_windows(
+        corpora.load(wanted.corpus, "calibration"), tokenizer, tokens=wanted.tokens, count=wanted.samples, seed=wanted.seed
+    )
+    return Texts(list(windows.ids), probe, {"probe": protocol, "calibration": windows.protocol()})
+
+
+def _cut_probe(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The first tokens of the test part, as many as there are up to ``PROBE_TOKENS`` and a calibration window."""
+    corpus = corpora.load(recipe.eval.corpus if recipe.eval is not None else recipe.calibration.corpus, "test")
+    held = len(tokenizer(corpus.text, verbose=False)["input_ids"])
+    length = max(2, min(PROBE_TOKENS, recipe.calibration.tokens, held))
+    windows = cut_windows(corpus, tokenizer, tokens=length, count=1)
+    return windows.ids[0], windows.protocol()

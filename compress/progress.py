@@ -65,7 +65,7 @@ class Bars:
         self._console = console
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
@@ -97,10 +97,11 @@ class Lines:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Stage]:
         started = time.monotonic()
-        self.say(f"{name}: {total} to do")
+        self.say(f"{name}: {total} to do" if total > 1 else f"{name} ...")
         stage = _LineStage(self, name, total)
         yield stage
-        self.say(f"{name}: {stage.done} of {total} done in {clock(time.monotonic() - started)}")
+        done = f"{stage.done} of {total} done" if total > 1 else "done"
+        self.say(f"{name}: {done} in {clock(time.monotonic() - started)}")
 
 
 class _LineStage:

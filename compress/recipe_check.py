@@ -156,6 +156,9 @@ def _wanted(message: str) -> str:
         return "at least " + text.partition(" should have at least ")[2].partition(" after")[0]
     if text.startswith("a valid dictionary"):
         return "a mapping of keys to values"
-    return text.replace("a valid string", "text").replace("a valid tuple", "a list").replace("a valid ", "a ").replace(
-        "a integer", "an integer"
+    return (
+        text.replace("a valid string", "text")
+        .replace("a valid tuple", "a list")
+        .replace("a valid ", "a ")
+        .replace("a integer", "an integer")
     )

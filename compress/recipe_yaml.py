@@ -59,9 +59,7 @@ def read(text: str, label: str) -> Document:
     return Document(data, label, where)
 
 
-def _build(
-    yaml: YAML, node: Node, path: Path, label: str, where: dict[Path, str], around: tuple[Node, ...]
-) -> Any:
+def _build(yaml: YAML, node: Node, path: Path, label: str, where: dict[Path, str], around: tuple[Node, ...]) -> Any:
     where.setdefault(path, f"{label}:{node.start_mark.line + 1}")
     if any(node is outer for outer in around):
         raise UserError(f"{where[path]}: {dotted(path)} holds itself; write the value out")

@@ -55,7 +55,7 @@ class Grid:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ class Statistic:
     gram: Tensor
     cross: Tensor | None = None
     cross_tokens: int = 0  # rows that cross was summed over; fewer than tokens if the dense stream has fewer windows
+    residual: Tensor | None = None
+    """``sum (h_dense - h) x^T`` ``(O, I)`` over the same rows as ``cross``: ``h`` is the residual stream that the layer's
+    output is added to, just before the addition. Only for layers that write to the residual stream."""
     cache: dict[Any, Any] = field(default_factory=dict)
 
 

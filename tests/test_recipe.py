@@ -65,7 +65,11 @@ def test_loads_values_and_defaults(tmp_path: Path) -> None:
             "    group_size: 0",
             "mine.yaml:6: steps.0.group_size: got 0, wanted a positive number of inputs, or -1 for a whole row",
         ),
-        ("    include: [\"*.mlp.*\"]", "    include: []", "mine.yaml:7: steps.0.include: got the list [], wanted at least 1 item"),
+        (
+            '    include: ["*.mlp.*"]',
+            "    include: []",
+            "mine.yaml:7: steps.0.include: got the list [], wanted at least 1 item",
+        ),
         ("  samples: 4", "  sampels: 4", "mine.yaml:9: calibration.sampels: unknown key; did you mean 'samples'?"),
         ("  samples: 4", "  samples: 0", "mine.yaml:9: calibration.samples: got 0, wanted greater than or equal to 1"),
         ("eval: null", "evall: null", "mine.yaml:10: evall: unknown key; did you mean 'eval'?"),
@@ -89,7 +93,9 @@ def test_a_misplaced_key_says_where_it_belongs(tmp_path: Path) -> None:
     (line,) = lines_of(tmp_path, GOOD.replace("    bits: 3", "    samples: 3"))
     assert line == "mine.yaml:5: steps.0.samples: 'samples' has no meaning in steps.0; it belongs in calibration"
     (line,) = lines_of(tmp_path, GOOD.replace("gptq", "rtn").replace("    bits: 3", "    damping: 3"))
-    assert line.startswith("mine.yaml:5: steps.0.damping: 'damping' has no meaning in steps.0; it belongs in a step with")
+    assert line.startswith(
+        "mine.yaml:5: steps.0.damping: 'damping' has no meaning in steps.0; it belongs in a step with"
+    )
     assert "gptq" in line
 
 
@@ -142,7 +148,10 @@ def test_all_mistakes_come_together_in_the_order_of_the_file(tmp_path: Path) -> 
     [
         ("steps: [\n", "mine.yaml:2: not valid YAML"),
         ("steps:\n  - method: rtn\n   bits: 4\n", "mine.yaml:3: not valid YAML"),
-        ("steps:\n  - method: rtn\n    bits: 4\n    bits: 3\n", "mine.yaml:4: steps.0.bits stands here for the second time"),
+        (
+            "steps:\n  - method: rtn\n    bits: 4\n    bits: 3\n",
+            "mine.yaml:4: steps.0.bits stands here for the second time",
+        ),
         ("1: 2\n", "mine.yaml:1: got 1 for a key"),
         ("steps: &a [*a]\n", "mine.yaml:1: steps.0 holds itself"),
         ("- method: rtn\n", "mine.yaml: a recipe is a mapping"),
@@ -210,15 +219,15 @@ def test_python_and_yaml_say_the_same(tmp_path: Path) -> None:
 
 
 def test_mistakes_in_python() -> None:
-    with pytest.raises(UserError, match="Step: bitz: unknown key; did you mean 'bits'?"):
+    with pytest.raises(UserError, match=r"Step: bitz: unknown key; did you mean 'bits'"):
         Step(method="gptq", bitz=3)
     with pytest.raises(UserError, match=r"Step: config: got Config\(.*wanted a Config of compress.methods.rtn"):
         Step(method="rtn", config=gptq.Config())
     with pytest.raises(UserError, match="config is given, so bits must be set in it"):
         Step(method="gptq", config=gptq.Config(), bits=3)
-    with pytest.raises(UserError, match="Calibration: sample: unknown key; did you mean 'samples'?"):
+    with pytest.raises(UserError, match=r"Calibration: sample: unknown key; did you mean 'samples'"):
         Calibration(sample=3)
-    with pytest.raises(UserError, match="Recipe: stesp: unknown key; did you mean 'steps'?"):
+    with pytest.raises(UserError, match=r"Recipe: stesp: unknown key; did you mean 'steps'"):
         Recipe(steps=[Step(method="rtn")], stesp=3)
     with pytest.raises(ValueError, match="frozen"):
         Recipe(steps=[Step(method="rtn")]).seed = 3  # type: ignore[misc]
@@ -273,7 +282,9 @@ def test_every_key_of_a_shipped_recipe_has_a_comment(name: str) -> None:
             indent = len(line) - len(line.lstrip())
             before = lines[number - 1]
             assert before.lstrip().startswith("# "), f"{name}.yaml:{number + 1}: {line.strip()} is not explained above"
-            assert len(before) - len(before.lstrip()) == indent, f"{name}.yaml:{number + 1}: comment is not beside the key"
+            assert len(before) - len(before.lstrip()) == indent, (
+                f"{name}.yaml:{number + 1}: comment is not beside the key"
+            )
     assert keys >= 10
 
 

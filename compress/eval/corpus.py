@@ -106,8 +106,9 @@ def _read_folder(folder: Path, part: Part) -> str:
         return "\n\n".join(_decode(path) for path in parts[part])
     if any(parts.values()):
         words = " or ".join(word for choice in PART_WORDS[part] for word in choice)
+        got = ", ".join(path.name for path in files)
         raise UserError(
-            f"corpus {folder}: no file of it is named as its {part} part; got {', '.join(path.name for path in files)}; "
+            f"corpus {folder}: no file of it is named as its {part} part; got {got}; "
             f"wanted a name with the word {words}"
         )
     return _cut("\n\n".join(_decode(path) for path in files), part)

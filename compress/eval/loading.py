@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,24 +58,17 @@ def open_model(folder: Path, *, dtype: str = "auto", device: str = "cpu", trust_
 
 def why_not_stock(folder: Path) -> str | None:
     """None where Transformers and the packages that are installed can load the folder, else the reason."""
+    from compress.runtime.load import FORMATS
+    from compress.storage.formats.base import load_format
+
     method = read_config(folder).get("quantization_config", {}).get("quant_method")
-    if method is None:
-        return None
-    form = find_format(method)
-    if form is None:
-        return None  # not one of ours: Transformers knows best
-    packages: tuple[str, ...] | None = getattr(form, "LOADS_WITH", None)
-    if packages is None or "compress" in packages:
+    if method not in FORMATS:
+        return None  # a dense folder, or a format that is none of ours: Transformers knows best
+    packages = load_format(FORMATS[method]).LOADS_WITH
+    if "compress" in packages:
         return "the native format, which Transformers alone does not know"
     absent = missing_packages(packages)
     return f"{' and '.join(absent)} not installed" if absent else None
-
-
-def find_format(method: str) -> ModuleType | None:
-    """The file of ``storage/formats`` that writes a ``quant_method``; the native one calls itself ``compress``."""
-    word = "native" if method == "compress" else method.replace("-", "_")
-    name = f"compress.storage.formats.{word}"
-    return importlib.import_module(name) if word.isidentifier() and importlib.util.find_spec(name) else None
 
 
 def missing_packages(packages: tuple[str, ...]) -> list[str]:
@@ -123,7 +114,16 @@ def count_parameters(folder: Path, trust_remote_code: bool = False) -> int:
 def count_weight_bytes(model: Any) -> int:
     """Bytes of the weight files of a folder, or of the parameters and buffers of a model in memory (shared once)."""
     if isinstance(model, str | Path):
-        files = [path for path in Path(model).iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file()]
-        return sum(path.stat().st_size for path in files)
+        return sum(path.stat().st_size for path in _list_weight_files(Path(model)))
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _list_weight_files(folder: Path) -> list[Path]:
+    """The files that a load reads: what the safetensors index names, else everything that looks like weights."""
+    from compress.storage.checkpoint import Checkpoint
+
+    try:
+        return [folder / name for name in Checkpoint(folder).files]
+    except UserError:  # no safetensors
+        return [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file()]

@@ -60,12 +60,13 @@ def main() -> None:
     parser.add_argument("probe")
     parser.add_argument("out")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--trust-remote-code", action="store_true")
     arguments = parser.parse_args()
     model, weights = load_model(arguments.folder, arguments.dtype, arguments.trust_remote_code)
     assert "compress" not in sys.modules, "this script checks what loads without us"
     info = {**weights, "class": type(model).__name__, "versions": list_versions()}
-    write_logits(model, arguments.probe, arguments.out, info)
+    write_logits(model.to(arguments.device), arguments.probe, arguments.out, info)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ MARK = "@progress "
 
 
 def main(request_file: str) -> int:
-    """Do what a request file asks; the result file holds ``{"result": ...}`` or ``{"error": class, "message": ...}``."""
+    """Do what a request file asks; write ``{"result": ...}`` or ``{"error": class, "message": ...}``."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     if request.get("watch"):
         threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -65,12 +65,14 @@ def run_resident(folder: str, dtype: str = "auto", trust_remote_code: bool = Fal
     return {"resident_bytes": max(0, process.memory_info().rss - before), "loaded_with": opened.loaded_with}
 
 
-def run_logits(folder: str, probe: str, out: str, dtype: str, trust_remote_code: bool = False) -> dict[str, Any]:
+def run_logits(
+    folder: str, probe: str, out: str, dtype: str, device: str = "cpu", trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Logits of probe tokens by the folder as our own loader sees it."""
     from compress.eval import stock
     from compress.runtime.load import load
 
-    model = load(folder, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code).eval()
+    model = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code).eval()
     info = {"class": type(model).__name__, "versions": stock.list_versions()}
     stock.write_logits(model, probe, out, info)
     return info

@@ -40,10 +40,18 @@ class Config(MethodConfig):
     )
     damping: float = Field(0.01, ge=0, le=10, description="added to diag(H), relative to its mean")
     block_size: int = Field(32, ge=1, description="columns compensated at a time; changes the speed only")
-    targets: Literal["layer", "dense"] = Field(
-        "dense", description="make up for the layer's own rounding only, or also for what its input lost before it"
+    targets: Literal["layer", "dense", "stream"] = Field(
+        "stream",
+        description="make up for the layer's own rounding (layer), also for what its input lost before it (dense), "
+        "also for what the residual stream that it writes to lost before it (stream)",
     )
-    shrinkage: float = Field(0.5, ge=0, le=1, description="share of the correction for the input that is applied")
+    shrinkage: float = Field(1.0, ge=0, le=1, description="share of the correction for earlier losses that is applied")
+    correction_damping: float = Field(
+        0.2, ge=0, le=100, description="like damping, for the correction alone, which overfits few tokens sooner"
+    )
+    dense_windows: int | None = Field(
+        None, ge=1, description="calibration windows that also run through the dense model for the targets; null = all"
+    )
     refinements: int = Field(2, ge=0, description="turns of least squares for scales and descent over codes at the end")
     true_sequential: bool = Field(
         True, description="within a block, later layers see inputs made by the already quantized earlier ones"
@@ -60,8 +68,10 @@ class Config(MethodConfig):
 
 
 def needs(config: Config) -> frozenset[str]:
-    """The Gram matrix, and the cross matrix with the dense stream for ``targets: dense``."""
-    return frozenset({"gram", "cross"} if config.targets == "dense" and config.shrinkage > 0 else {"gram"})
+    """The Gram matrix; for targets beyond the layer also the cross matrix with the dense stream, and its residual."""
+    if config.targets == "layer" or config.shrinkage == 0:
+        return frozenset({"gram"})
+    return frozenset({"gram", "cross"} | ({"residual"} if config.targets == "stream" else set()))
 
 
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -77,8 +87,8 @@ def compress(state: LayerState, statistic: Statistic | None, config: Config, sca
         config.bits,
         config.symmetric,
         scale_dtype,
-        steps=31 if config.clip_search else 0,
-        polish=2 * config.clip_search,
+        steps=9 if config.clip_search else 0,
+        polish=3 * config.clip_search,
         float_zero=config.float_zero,
     )
     rounding = _Rounding(problem, rule)
@@ -124,10 +134,7 @@ def _prepare(weight: Tensor, statistic: Statistic, config: Config) -> _Problem:
         statistic.cache[key] = grams.factor_gram(statistic.gram[permutation][:, permutation], config.damping)
     factor = statistic.cache[key]
     dead = grams.find_dead_columns(statistic.gram)
-    target = weight.masked_fill(dead, 0.0)[:, permutation]
-    if "cross" in needs(config) and statistic.cross is not None:
-        cross = statistic.cross[permutation][:, permutation]
-        target = grams.correct_targets(target, cross, factor, config.shrinkage)
+    target = _correct(weight.masked_fill(dead, 0.0), statistic, config)[:, permutation]
     importance = {
         "none": None,
         "diagonal": factor.gram.diagonal(),
@@ -147,8 +154,22 @@ def _prepare(weight: Tensor, statistic: Statistic, config: Config) -> _Problem:
     )
 
 
+def _correct(weight: Tensor, statistic: Statistic, config: Config) -> Tensor:
+    """``weight`` ``(O, I)`` moved to make up for losses before the layer, as far as the statistic knows them."""
+    wanted = needs(config)
+    cross = statistic.cross if "cross" in wanted else None
+    residual = statistic.residual if "residual" in wanted else None
+    if cross is None and residual is None:
+        return weight
+    key = ("correction", config.correction_damping)
+    if key not in statistic.cache:
+        statistic.cache[key] = grams.factor_gram(statistic.gram, config.correction_damping)
+    rows_ratio = statistic.tokens / (statistic.cross_tokens or statistic.tokens)
+    return grams.correct_targets(weight, statistic.cache[key], cross, residual, config.shrinkage * rows_ratio)
+
+
 class _Rounding:
-    """The rounder of the OBS loop: fits a grid where a group starts, keeps codes and grids as ``(I, O)``, ``(G, O)``."""
+    """The rounder of the OBS loop: fits a grid where a group starts, keeps codes ``(I, O)``, grids ``(G, O)``."""
 
     def __init__(self, problem: _Problem, rule: grids.FitRule) -> None:
         self.problem, self.rule = problem, rule

@@ -59,10 +59,17 @@ def add_cross(cross: Tensor, rows: Tensor, other: Tensor) -> None:
     ``cross[o, i] = sum (other - rows)[:, o] rows[:, i]``: what a layer's input lost on the way through compressed
     blocks, correlated with the input it sees.
     """
-    _check_rows(rows)
-    _check_rows(other)
-    values = rows.float()
-    cross.addmm_((other.float() - values).T, values)
+    add_drift(cross, rows, rows, other)
+
+
+def add_drift(total: Tensor, rows: Tensor, now: Tensor, dense: Tensor) -> None:
+    """``total += sum (dense - now) rows^T`` over paired rows: ``rows`` ``(T, I)``, ``now`` and ``dense`` ``(T, O)``.
+
+    With the residual stream in front of a layer's addition as ``now`` and ``dense``: ``Statistic.residual``.
+    """
+    for values in (rows, now, dense):
+        _check_rows(values)
+    total.addmm_((dense.float() - now.float()).T, rows.float())
 
 
 def find_dead_columns(gram: Tensor) -> Tensor:
@@ -87,9 +94,9 @@ class Factor:
 def factor_gram(gram: Tensor, damping: float) -> Factor:
     """Damp ``gram`` ``(I, I)`` by ``damping * mean(diag)`` and factor its inverse.
 
-    With ``J`` the reversal of rows, ``J H J = L L^T`` gives ``H = M M^T`` with upper ``M = J L J``, so ``U = inverse(M)``:
-    one Cholesky factorization and one triangular inverse. Dead columns get a 1 on the diagonal. A matrix that is not
-    positive definite in float32 is tried in float64, then with more damping, every failure counted.
+    With ``J`` the reversal of rows, ``J H J = L L^T`` gives ``H = M M^T``, ``M = J L J`` upper, so ``U = inverse(M)``:
+    one Cholesky factorization and one triangular inverse. Dead columns get the mean on the diagonal. A matrix that is
+    not positive definite in float32 is tried in float64, then with more damping, every failure counted.
     Raises ``NumericsError`` when no rung of the ladder works.
     """
     if not torch.isfinite(gram).all():
@@ -120,7 +127,7 @@ def _invert(damped: Tensor) -> Tensor | None:
 
 
 def _invert_upper(matrix: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves: inv([[A, B], [0, D]]) = [[inv A, -inv A B inv D], [0, inv D]]."""
+    """Inverse of an upper triangle by halves: inv([[A, B], [0, D]]) = [[inv A, -inv A B inv D], [0, inv D]]."""
     size = len(matrix)
     if size <= 128:
         eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
@@ -133,10 +140,19 @@ def _invert_upper(matrix: Tensor) -> Tensor:
     return inverse
 
 
-def correct_targets(weight: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:
-    """Weights ``(O, I)`` that make up, on the compressed stream, for what the input lost: ``W + a W C inverse(H)``.
+def correct_targets(
+    weight: Tensor, factor: Factor, cross: Tensor | None, residual: Tensor | None, strength: float
+) -> Tensor:
+    """Weights ``(O, I)`` that make up, on the compressed stream, for what came before: ``W + a (W C + R) inverse(H)``.
 
-    Minimises ``sum |W x_dense - W* x|^2`` for ``a = strength = 1`` (METHODS 2.4, target-corrected GPTQ).
+    Minimises ``sum |W x_dense + (h_dense - h) - W* x|^2`` for ``a = strength = 1``: the output the layer had in the
+    dense model (METHODS 2.4, target-corrected GPTQ), plus what the residual stream ``h``, to which the output is added,
+    has lost by then. ``cross`` ``C = sum (x_dense - x) x^T`` ``(I, I)``, ``residual`` ``R = sum (h_dense - h) x^T``
+    ``(O, I)``, either may be None; both scaled to the number of rows in ``H``.
     """
-    moved = (weight @ cross) @ factor.upper.T @ factor.upper
-    return weight + strength * moved
+    moved = torch.zeros_like(weight)
+    if cross is not None:
+        moved += weight @ cross
+    if residual is not None:
+        moved += residual
+    return weight + strength * (moved @ factor.upper.T) @ factor.upper

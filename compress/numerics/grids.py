@@ -132,7 +132,8 @@ def _keep_better(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = _loss(groups, *tried, rule, cost)
     better = loss < best[2]
-    return tuple(torch.where(better, new, old) for new, old in zip((*tried, loss), best))  # type: ignore[return-value]
+    scale, zero = (torch.where(better, new, old) for new, old in zip(tried, best[:2], strict=True))
+    return scale, zero, torch.where(better, loss, best[2])
 
 
 def _least_squares(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def order_by_activation(diagonal: Tensor) -> Tensor:
-    """Columns by falling ``diag(H)`` ``(I,)`` (act-order). Scatters groups: fit their grids beforehand (static groups)."""
+    """Columns by falling ``diag(H)`` ``(I,)``: act-order. Scatters groups, so fit all grids first (static groups)."""
     return torch.argsort(diagonal, descending=True, stable=True)
 
 

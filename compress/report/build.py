@@ -14,7 +14,8 @@ from compress.types import LayerReport
 
 SCHEMA = 1  # raised when a key changes its meaning or goes
 PACKAGES = (
-    "compress-lm", "torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "tokenizers", "numpy", "gguf",
+    "compress-lm", "torch", "transformers", "accelerate", "compressed-tensors", "safetensors", "tokenizers", "numpy",
+    "gguf",
 )  # fmt: skip
 
 
@@ -35,11 +36,12 @@ def build_report(
     """Everything that a run says about itself, as plain data ready for JSON.
 
     ``plan``: ``Plan.to_dict()``. ``evaluation``: what ``compress.evaluate(folder, against=dense)`` gave, None where
-    the recipe asks for none. ``verification``: what ``eval.verify.verify`` gave. ``calibration``: the protocol of the
-    calibration windows. ``resident``: bytes of memory of the loaded ``dense`` and ``compressed`` model. ``seconds`` of
-    the whole run so far and by ``stages``; ``peak_bytes``: largest resident memory of this process.
+    the recipe asks for none. ``verification``: what ``eval.verify.verify`` gave. ``calibration``: the protocols of the
+    texts that the run looked at, ``calibration`` (absent for methods without data) and the held-out ``probe``.
+    ``resident``: bytes of memory of the loaded ``dense`` and ``compressed`` model. ``seconds`` of the whole run so far
+    and by ``stages``; ``peak_bytes``: largest resident memory of this process.
 
-    Keys: ``schema``, ``dense``, ``compressed``, ``protocol`` (with ``calibration``), ``untouched_share``,
+    Keys: ``schema``, ``dense``, ``compressed``, ``protocol`` (with ``calibration`` and ``probe``), ``untouched_share``,
     ``untouched``, ``layers``, ``fallbacks``, ``verification``, ``recipe``, ``digest``, ``plan``, ``seconds``,
     ``stages``, ``peak_bytes``, ``versions``, ``machine``.
     """
@@ -64,7 +66,7 @@ def build_report(
             "resident_bytes": held.get("compressed"),
             "loaded_with": measured.get("loaded_with"),
         },
-        "protocol": {**measured.get("protocol", {}), "calibration": calibration},
+        "protocol": {**measured.get("protocol", {}), "calibration": None, **(calibration or {})},
         "untouched_share": plan["untouched_share"],
         "untouched": plan["untouched"],
         "layers": rows,

@@ -95,16 +95,17 @@ def describe_protocol(protocol: Mapping[str, Any]) -> str:
 def _windows(protocol: Mapping[str, Any]) -> str:
     return (
         f"{protocol['corpus']} ({protocol['part']} part, sha256 {protocol['sha256'][:12]}), "
-        f"{protocol['windows']} windows of {protocol['tokens']} ({protocol['selection']}), stride {protocol['stride']}, "
-        f"BOS {protocol['bos']}"
+        f"{protocol['windows']} windows of {protocol['tokens']} ({protocol['selection']}), "
+        f"stride {protocol['stride']}, BOS {protocol['bos']}"
     )
 
 
 def describe_verification(verification: Mapping[str, Any] | None) -> str:
     if verification is None:
         return "reload: not checked"
+    error, limit = verification["relative_rms"], verification["tolerance"]
     return (
-        f"reload: logits agree to {verification['relative_rms']:.2g} relative RMS (at most {verification['tolerance']:.2g}); "
+        f"reload: logits agree to {error:.2g} relative RMS (at most {limit:.2g}); "
         f"checked with {verification['checked_with']}"
     )
 

@@ -85,8 +85,8 @@ def load_decoded(
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     state = _decode_state(checkpoint, form, shell, wanted)
-    model, found = AutoModelForCausalLM.from_pretrained(
-        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True, trust_remote_code=trust_remote_code
+    model, found = type(shell).from_pretrained(
+        None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
     )
     _refuse_lost(checkpoint, found)
     if (checkpoint.folder / "generation_config.json").is_file():
@@ -133,7 +133,9 @@ class Filler:
         """A decoded weight ``(O, I)``."""
         shape = self.shapes.get(spec.parameter)
         if shape is None:
-            raise UserError(f"{self.folder}: the model has no parameter {spec.parameter}; config.json is of another one")
+            raise UserError(
+                f"{self.folder}: the model has no parameter {spec.parameter}; config.json is of another one"
+            )
         if spec.kind == "expert":
             assert spec.index is not None
             self._put_slice(spec.parameter, spec.index, weight)
@@ -153,7 +155,9 @@ class Filler:
     def _put_slice(self, parameter: str, index: int, weight: Tensor) -> None:
         shape = self.shapes[parameter]
         if len(shape) != 3 or shape[1:] != tuple(weight.shape) or index >= shape[0]:
-            raise UserError(f"{parameter}.{index}: weights are {list(weight.shape)}, the model's parameter is {list(shape)}")
+            raise UserError(
+                f"{parameter}.{index}: weights are {list(weight.shape)}, the model's parameter is {list(shape)}"
+            )
         if parameter not in self.state:
             self.state[parameter] = torch.empty(shape, dtype=self.dtype)
             self.missing[parameter] = set(range(shape[0]))
@@ -187,7 +191,9 @@ def _load_stock(
 
 
 def _refuse_lost(checkpoint: Checkpoint, found: dict[str, Any]) -> None:
-    lost = sorted(str(key) for words in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in found.get(words) or ())
+    lost = sorted(
+        str(key) for words in ("missing_keys", "mismatched_keys", "unexpected_keys") for key in found.get(words) or ()
+    )
     if lost:
         raise UserError(
             f"{checkpoint.folder}: {len(lost)} weights do not match the model ({', '.join(lost[:3])}); config.json and "

@@ -114,7 +114,7 @@ class Checkpoint:
         pickled = [*self.folder.glob("pytorch_model*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")]
         if pickled:
             return (
-                f"only {_some(sorted(path.name for path in pickled))}, a pickle, which can run code and is never opened; "
+                f"only {_some(sorted(path.name for path in pickled))}, a pickle, which can run code: never opened; "
                 "get or convert the model to safetensors (load it with Transformers, then save_pretrained)"
             )
         if any(self.folder.glob("*.gguf")):
@@ -129,7 +129,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     bad = int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
     if bad:
         raise UserError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the checkpoint is damaged: download it again"
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the file is damaged, download it again"
         )
 
 

@@ -72,7 +72,9 @@ def _build_on_meta(config: Any, path: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except ValueError as error:
-        raise UserError(f"{path}: holds a {config.model_type} model, which is no causal language model: {error}") from error
+        raise UserError(
+            f"{path}: holds a {config.model_type} model, which is no causal language model: {error}"
+        ) from error
 
 
 def _list_tied(model: Any) -> set[str]:

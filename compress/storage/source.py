@@ -75,7 +75,7 @@ def _find_demo() -> Path:
 def _download(word: str, trust_remote_code: bool) -> Path:
     """The snapshot of a hub id; weights only as safetensors, code only if it is trusted."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*HUB_FILES, "*.py"] if trust_remote_code else list(HUB_FILES)
     wanted = "wanted a local folder, a .gguf file, 'demo', or the id of a public model such as org/name"
@@ -86,7 +86,7 @@ def _download(word: str, trust_remote_code: bool) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{word}: no such file or folder here, and the hub did not give it ({type(error).__name__}: {first}); {wanted}"
+            f"{word}: no such file or folder, and the hub did not give it ({type(error).__name__}: {first}); {wanted}"
         ) from error
 
 
@@ -103,6 +103,7 @@ def _convert_once(path: Path, cache: Path | None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=root))
     try:
+        temporary.chmod(0o755)
         gguf.convert(path, temporary)
         with contextlib.suppress(FileExistsError, NotADirectoryError):  # another process was faster
             _rename_into(temporary, folder)

@@ -1,9 +1,9 @@
 """An output folder that is either finished or not there: units are written beside it and swapped in at the very end.
 
 ``<output>.partial/`` holds the shards of finished units, and in ``work/`` the run's digest, a sidecar per unit and the
-spill files of the stream. It has no index and no config.json, so nothing loads it. ``stage`` makes ``work/staged/``, the
-folder as it will be (its shards are links), for the judge to load; ``finish`` moves it in place. Killed at any point,
-a previous result stays as it was, and the next run goes on with the units that are there.
+spill files of the stream. It has no index and no config.json, so nothing loads it. ``stage`` makes ``work/staged/``,
+the folder as it will be (its shards are links), for the judge to load; ``finish`` moves it in place. Killed at any
+point, a previous result stays as it was, and the next run goes on with the units that are there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Writer:
         ``units``: names of all units in order, each a shard ``<prefix>-0000i-of-0000n.safetensors``. ``digest`` names
         recipe and model: units of a run with another digest are never mixed in. ``about``: what the digest was made
         of, for the message that says what differs. ``needed_bytes``: refused at once if the disk has less.
-        Raises UserError where the output is not ours to replace, another run is at it, or a different one is unfinished.
+        Raises UserError where the output is not ours to replace, another run is at it, or another one is unfinished.
         """
         self.output = Path(output).absolute()
         self.partial = self.output.with_name(self.output.name + ".partial")
@@ -179,7 +179,7 @@ class Writer:
             self._compare(read_json(run), identity)
         elif any(path.name != "work" for path in self.partial.iterdir()):
             raise UserError(
-                f"{self.partial}: not empty, and not an unfinished run of compress; move it away or choose another output"
+                f"{self.partial}: not empty and no unfinished run of compress; move it away or choose another output"
             )
         for name in (f"{self.prefix}.safetensors.index.json", "config.json"):  # killed while finishing
             (self.partial / name).unlink(missing_ok=True)
@@ -232,7 +232,9 @@ def refuse_to_replace(output: Path) -> None:
     if not output.is_dir() or output.is_symlink():
         raise UserError(f"{output}: exists and is not a folder; choose another output")
     if any(output.iterdir()) and not (output / MARK).is_file():
-        raise UserError(f"{output}: not empty and not written by compress, so it is not replaced; choose another output")
+        raise UserError(
+            f"{output}: not empty and not written by compress, so it is not replaced; choose another output"
+        )
 
 
 def list_companions(folder: Path, trust_remote_code: bool = False) -> list[Path]:
@@ -257,7 +259,9 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         pid = folder / "work" / "pid"
         who = pid.read_text().strip() if pid.is_file() else "unknown"
-        raise UserError(f"{folder}: another run is writing there (process {who}); wait for it, or stop it first") from None
+        raise UserError(
+            f"{folder}: another run is writing there (process {who}); wait for it, or stop it first"
+        ) from None
     if not folder.exists() or os.fstat(descriptor).st_ino != folder.stat().st_ino:
         os.close(descriptor)
         raise UserError(f"{folder}: another run has just finished there; run the command again")

@@ -16,7 +16,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from compress.errors import NumericsError
+from compress.errors import NumericsError, UserError
 from compress.types import LayerSpec
 from compress.walk.experts import read_positions
 from compress.walk.groups import Group, Hooked, find_groups
@@ -61,9 +61,9 @@ class InputGroup:
 class _Forward(greenlet):  # type: ignore[misc]  # greenlet has no types of its own
     """One window's way through a block. ``group`` is where it waits, or ``len(layout)`` once ``output`` is there."""
 
-    def __init__(self, block: nn.Module, hidden: Tensor, call: Call, end: int) -> None:
+    def __init__(self, block: nn.Module, hidden: Tensor, call: Call, names: Sequence[str]) -> None:
         super().__init__()
-        self._block, self._hidden, self._call, self._end = block, hidden, call, end
+        self._block, self._hidden, self._call, self._names = block, hidden, call, names
         self.group = -1
         self.x: Tensor | None = None  # input of the group where it waits
         self.output: Tensor | None = None
@@ -71,10 +71,14 @@ class _Forward(greenlet):  # type: ignore[misc]  # greenlet has no types of its 
     def run(self) -> None:
         hidden, self._hidden = self._hidden, None  # type: ignore[assignment]
         self.output = run_block(self._block, hidden, self._call)
-        self.group, self.x = self._end, None
+        self.group, self.x = len(self._names), None
 
     def pause(self, group: int, x: Tensor) -> None:
-        assert group > self.group, f"group {group} reached after group {self.group}: order differs between windows"
+        if group <= self.group:
+            raise UserError(
+                f"{self._names[group]} runs before {self._names[self.group]} in one window and after it in another; "
+                "a block whose order of layers depends on the tokens is not supported: exclude these layers"
+            )
         self.group, self.x = group, x
         self.parent.switch()
         self.x = None
@@ -237,7 +241,7 @@ class BlockWalk:
 
     def _start(self, block: nn.Module, inputs: Hidden, n: int) -> _Forward:
         hidden = inputs.read(n, self._device)
-        return _Forward(block, hidden, self._calls[inputs.lengths[n]], len(self.layout))
+        return _Forward(block, hidden, self._calls[inputs.lengths[n]], [group.specs[0].name for group in self.layout])
 
     def _drop(self, n: int) -> None:
         for forwards in (self._forwards, self._dense_forwards):

@@ -36,7 +36,9 @@ def why_not_walkable(module: nn.Module) -> str | None:
 
 
 def holds_experts(module: nn.Module) -> bool:
-    """Whether ``module`` itself owns 3-D weights, one slice per expert."""
+    """Whether ``module`` itself owns 3-D weights that are no convolution's: one slice per expert."""
+    if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+        return False
     return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 

@@ -49,8 +49,10 @@ class Hidden:
 
     @classmethod
     def open(cls, path: Path | str) -> Hidden:
-        """An existing stream. Raises ``UserError`` if the file is not as long as its header says."""
+        """An existing stream. Raises ``UserError`` if it is not there or not as long as its header says."""
         path = Path(path)
+        if not path.is_file() or not _header_path(path).is_file():
+            raise UserError(f"{path}: the hidden states of an unfinished run are gone; run again with --fresh")
         header = json.loads(_header_path(path).read_text())
         hidden = cls(header["lengths"], header["width"], getattr(torch, header["dtype"]), path, "r+")
         size = path.stat().st_size

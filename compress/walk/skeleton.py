@@ -37,7 +37,7 @@ class Skeleton:
         Raises ``UserError`` for a model that is not a causal language model, is quantized already, has no recognisable
         blocks, or whose tensors do not match: nothing is ever initialised at random.
         """
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        config = read_config(checkpoint, trust_remote_code)
         quantized = getattr(config, "quantization_config", None)
         if quantized is not None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
@@ -160,6 +160,15 @@ class Skeleton:
 
     def _in_block(self, name: str) -> bool:
         return any(name.startswith(prefix + ".") for prefix in self.blocks)
+
+
+def read_config(checkpoint: Reader, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of ``checkpoint.folder``; ``UserError`` where Transformers does not know or trust it."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{checkpoint.folder}/config.json: Transformers can't read it: {reason}") from error
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

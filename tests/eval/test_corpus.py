@@ -122,7 +122,9 @@ def test_wikitext2_out_of_reach_names_the_way_out(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"corpus wikitext2: can't be fetched .*Couldn't reach.*pass the path of a folder"):
+    with pytest.raises(
+        UserError, match=r"corpus wikitext2: can't be fetched .*Couldn't reach.*pass the path of a folder"
+    ):
         corpus.load("wikitext2", "test")
 
 

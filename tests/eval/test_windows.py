@@ -77,5 +77,5 @@ def test_too_short_a_text_says_what_fits(tokenizer: Any, part: str, setting: str
 
 
 def test_an_empty_text(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="has 0 tokens; wanted 20 .*; pass a longer text"):
+    with pytest.raises(UserError, match=r"has 0 tokens; wanted 20 .*; pass a longer text"):
         cut_windows(Corpus("", "empty", "test", ""), tokenizer, tokens=10, count=2)

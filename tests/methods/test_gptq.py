@@ -17,7 +17,7 @@ PLAIN: dict[str, Any] = {"clip_search": False, "refinements": 0, "targets": "lay
 def make_layer(
     rows: int = 12, columns: int = 64, seed: int = 0, drift: float = 0.0
 ) -> tuple[Tensor, Statistic, Tensor]:
-    """Weight, statistic of correlated inputs, and the rows ``(T, 2 I)``: what the layer sees, what it should have seen."""
+    """Weight, statistic of correlated inputs, and the rows ``(T, 2 I)``: as the layer sees them, and as it should."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=generator)
     dense = torch.randn(8 * columns, columns, generator=generator) @ mix
@@ -155,3 +155,24 @@ def test_needs_follow_the_config() -> None:
     assert gptq.needs(gptq.Config(targets="layer")) == {"gram"}
     assert gptq.needs(gptq.Config(targets="dense", shrinkage=0.0)) == {"gram"}
     assert gptq.needs(gptq.Config(targets="dense", shrinkage=1.0)) == {"gram", "cross"}
+    assert gptq.needs(gptq.Config(targets="stream", shrinkage=1.0)) == {"gram", "cross", "residual"}
+
+
+def test_a_cross_of_half_the_rows_counts_double() -> None:
+    weight, whole, _ = make_layer(drift=0.2)
+    assert whole.cross is not None
+    half = Statistic(whole.tokens, whole.gram, whole.cross / 2, cross_tokens=whole.tokens // 2)
+    fields = {"bits": 3, "group_size": 16, "targets": "dense"}
+    assert torch.equal(run(weight, half, **fields).weight, run(weight, whole, **fields).weight)
+
+
+def test_residual_of_the_stream_is_made_up_for() -> None:
+    weight, statistic, rows = make_layer(drift=0.2)
+    seen, dense = rows.chunk(2, dim=1)
+    lost = seen @ torch.randn(64, 12, generator=torch.Generator().manual_seed(8))
+    statistic.residual = lost.T @ seen
+    errors = []
+    for targets in ("dense", "stream"):
+        state = run(weight, statistic, bits=4, group_size=16, targets=targets)
+        errors.append(float((dense @ weight.T + lost - seen @ state.weight.T).square().sum()))
+    assert errors[1] < 0.1 * errors[0]

@@ -33,7 +33,9 @@ def test_add_cross_is_oriented() -> None:
     rows, other = make_rows(40, 6, 1).float(), make_rows(40, 6, 2).float()
     cross = torch.zeros(6, 6)
     grams.add_cross(cross, rows, other)
-    torch.testing.assert_close(cross, sum(torch.outer(d - x, x) for x, d in zip(rows, other)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        cross, sum(torch.outer(d - x, x) for x, d in zip(rows, other, strict=True)), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_nonfinite_rows_are_refused_with_their_count() -> None:
@@ -82,7 +84,21 @@ def test_full_correction_is_the_least_squares_solution() -> None:
     weight = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     cross = (dense - seen).T @ seen
     factor = grams.factor_gram((seen.T @ seen).float(), 0.0)
-    corrected = grams.correct_targets(weight.float(), cross.float(), factor, 1.0)
+    corrected = grams.correct_targets(weight.float(), factor, cross.float(), None, 1.0)
     wanted = torch.linalg.lstsq(seen, dense @ weight.T).solution.T
     torch.testing.assert_close(corrected.double(), wanted, rtol=1e-3, atol=1e-3)
-    assert torch.equal(grams.correct_targets(weight.float(), cross.float() * 0, factor, 1.0), weight.float())
+    assert torch.equal(grams.correct_targets(weight.float(), factor, cross.float() * 0, None, 1.0), weight.float())
+
+
+def test_residual_correction_reaches_for_the_stream() -> None:
+    dense, noise, lost = make_rows(500, 12, 1), make_rows(500, 12, 2), make_rows(500, 5, 4)
+    seen = dense + 0.1 * noise
+    lost = lost + seen @ torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    weight = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    cross, residual = torch.zeros(12, 12), torch.zeros(5, 12)
+    grams.add_cross(cross, seen.float(), dense.float())
+    grams.add_drift(residual, seen.float(), torch.zeros(500, 5), lost.float())
+    factor = grams.factor_gram((seen.T @ seen).float(), 0.0)
+    corrected = grams.correct_targets(weight.float(), factor, cross, residual, 1.0)
+    wanted = torch.linalg.lstsq(seen, dense @ weight.T + lost).solution.T
+    torch.testing.assert_close(corrected.double(), wanted, rtol=1e-3, atol=1e-3)

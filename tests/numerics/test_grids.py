@@ -7,7 +7,7 @@ import torch
 
 from compress.numerics import grids
 
-# Relative mean squared error on i.i.d. N(0,1): (group, bits, full-range symmetric, asymmetric min-max, asymmetric search).
+# Relative mean squared error on N(0,1): (group, bits, full-range symmetric, asymmetric min-max, asymmetric search).
 # Computed by simulation, independent of this code; the sampling error of this test is below 1%.
 GAUSSIAN = [
     (128, 8, 4.12e-5, 3.51e-5, 3.51e-5),

@@ -59,7 +59,7 @@ def test_matches_gaussian_elimination_of_the_inverse() -> None:
 
 
 def test_matches_babai_from_the_other_end() -> None:
-    """GPTQ is Babai's nearest plane on the lattice with Gram matrix H, last basis vector first, reversed (METHODS 2.6.5)."""
+    """GPTQ is Babai's nearest plane on the lattice with Gram matrix H, processed from the other end."""
     weight, gram, upper = make_problem()
     basis = torch.linalg.cholesky(gram.flip(0, 1), upper=True)  # reversed order: columns of R are the basis
     wanted = torch.empty_like(weight)

@@ -97,6 +97,9 @@ def test_the_keys_that_readers_count_on() -> None:
     assert report["machine"]["cores"] >= 1
     assert report["digest"] == "d" * 64
     assert "recipe" not in report["plan"]
+    assert report["protocol"]["calibration"] is None
+    texts = {"calibration": {"corpus": "pydoc"}, "probe": "random tokens"}
+    assert make_report(calibration=texts)["protocol"] == {**report["protocol"], **texts}
 
 
 def test_bits_are_weighed_by_size() -> None:
@@ -144,13 +147,16 @@ def test_clean_keeps_what_is_plain() -> None:
 
 
 def test_the_page_shows_numbers_with_their_protocol() -> None:
-    page = render_text(make_report(), width=200)
+    calibration = {**make_evaluation()["protocol"], "part": "calibration", "selection": "random, seed 3"}
+    page = render_text(make_report(calibration={"calibration": calibration}), width=200)
     for words in (
         "perplexity",
         "1.100x",
         "0.250x",
-        "pydoc (test part, sha256 aaaaaaaaaaaa), 16 windows of 2048 (first), stride 2048, BOS none, 32752 predicted tokens",
+        "pydoc (test part, sha256 aaaaaaaaaaaa), 16 windows of 2048 (first), stride 2048, BOS none",
+        "32752 predicted tokens",
         "bfloat16 on cpu",
+        "calibration: pydoc (calibration part, sha256 aaaaaaaaaaaa), 16 windows of 2048 (random, seed 3)",
         "untouched: 25.00% of the parameters (20.00% embedding; 5.00% norm)",
         "reload: logits agree to 0.004 relative RMS (at most 0.02); checked with transformers",
         "took 61 s; largest resident memory 1.10 GB",
@@ -163,7 +169,9 @@ def test_the_page_shows_numbers_with_their_protocol() -> None:
 
 def test_the_page_of_a_run_that_measured_nothing() -> None:
     layers = [make_layer("[odd] name", None)]
-    page = render_text(make_report(evaluation=None, verification=None, layers=layers, plan={**make_plan(), "adjusted": {}}))
+    page = render_text(
+        make_report(evaluation=None, verification=None, layers=layers, plan={**make_plan(), "adjusted": {}})
+    )
     assert "not measured" in page
     assert "reload: not checked" in page
     assert "fallbacks" not in page

@@ -11,14 +11,14 @@ from tiny_models import ARCHITECTURES, MIXTURES, build_model, make_windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.errors import NumericsError
+from compress.errors import NumericsError, UserError
 from compress.types import LayerSpec
 from compress.walk.coroutine import BlockWalk
 from compress.walk.hidden import Hidden
 from compress.walk.layers import get_weight, set_weight
 from compress.walk.memory import estimate_live_bytes
 from compress.walk.skeleton import Skeleton
-from compress.walk.stream import Calls, capture, run_block
+from compress.walk.stream import Call, Calls, capture, run_block
 
 LENGTHS = [24, 24, 13]
 
@@ -215,6 +215,60 @@ def test_layers_left_out_of_the_walk_do_not_pause_it() -> None:
         walk.outputs(out)
     with torch.no_grad():
         assert torch.equal(out.read(2), run_block(skeleton.load_block(0), hidden.read(2), calls[0][13]))
+
+
+class ListOfExperts(nn.Module):
+    """A block whose experts are plain linears in a list, of which a window may reach any, in an order of its own."""
+
+    def __init__(self, sorted_order: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)}) for _ in range(3))
+        self.sorted_order = sorted_order
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        first = hidden[0, :, 0].long().unique(sorted=True).tolist()
+        order = first if self.sorted_order else sorted(first, key=lambda index: (hidden.shape[1] * index) % 3)
+        hidden = hidden + self.inner(hidden)
+        for index in order:
+            hidden = hidden + self.experts[index]["down"](self.experts[index]["up"](hidden))
+        return hidden
+
+
+def list_of_experts(sorted_order: bool) -> tuple[ListOfExperts, list[LayerSpec], Hidden, dict[int, Call]]:
+    block = ListOfExperts(sorted_order)
+    specs = [
+        LayerSpec(f"layers.0.{path}", tuple(module.weight.shape), torch.float32, "linear", f"layers.0.{path}.weight")
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    hidden = Hidden.create(None, [10, 5], 4, torch.float32)
+    for n, reached in enumerate(([1], [0, 1, 2])):
+        window = torch.randn(hidden.lengths[n], 4)
+        window[:, 0] = torch.tensor(reached).repeat(10)[: len(window)]
+        hidden.write(n, window)
+    return block, specs, hidden, {10: Call(), 5: Call()}
+
+
+@pytest.mark.parametrize("suspend", [True, False])
+def test_layers_that_only_some_windows_reach_have_groups_too(suspend: bool) -> None:
+    block, specs, hidden, calls = list_of_experts(sorted_order=True)
+    with BlockWalk(block, specs, hidden, calls, suspend=suspend) as walk:
+        seen = {group.specs[0].name: [rows.window for rows in group.rows()] for group in walk.groups()}
+        walk.outputs(like(hidden))
+    assert list(seen) == [spec.name for spec in specs]
+    assert seen["layers.0.inner"] == [0, 1]
+    assert seen["layers.0.experts.1.down"] == [0, 1]
+    assert seen["layers.0.experts.2.up"] == [1]
+
+
+def test_an_order_that_depends_on_the_tokens_is_refused() -> None:
+    block, specs, hidden, calls = list_of_experts(sorted_order=False)
+    with (
+        BlockWalk(block, specs, hidden, calls) as walk,
+        pytest.raises(UserError, match="order of layers depends on the tokens"),
+    ):
+        walk.outputs(like(hidden))
 
 
 @pytest.mark.parametrize("suspend", [True, False])

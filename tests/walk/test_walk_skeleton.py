@@ -198,6 +198,13 @@ def test_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
         Skeleton.from_checkpoint(reader, torch.float32)
 
 
+def test_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    reader = save("llama", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "never_heard_of"}))
+    with pytest.raises(UserError, match=r"config.json: Transformers can't read it: .*never_heard_of"):
+        Skeleton.from_checkpoint(reader, torch.float32)
+
+
 def test_encoder_is_refused(tmp_path: Path) -> None:
     reader = save("llama", tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))

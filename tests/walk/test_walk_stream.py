@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, FolderReader, build_model, make_windows
+from tiny_models import ARCHITECTURES, OTHERS, FolderReader, build_model, make_windows
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -45,6 +45,22 @@ def test_streamed_logits_are_bit_identical(name: str, dtype: torch.dtype, tmp_pa
     build_model(name).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, experts_implementation="eager").eval()
     skeleton = Skeleton.from_checkpoint(FolderReader(tmp_path), dtype)
+    windows = make_windows(LENGTHS)
+    for window, logits in zip(windows, stream_through(skeleton, windows, tmp_path), strict=True):
+        with torch.no_grad():
+            assert torch.equal(logits, model(window[None], use_cache=False).logits)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_architectures_that_no_line_of_code_names(name: str, tmp_path: Path) -> None:
+    model_type, options = OTHERS[name]
+    config = AutoConfig.for_model(model_type, **options)
+    config._experts_implementation = "eager"
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    skeleton = Skeleton.from_checkpoint(FolderReader(tmp_path), torch.float32)
+    rows = skeleton.coverage([])
+    assert sum(row.numel for row in rows) == sum(parameter.numel() for parameter in model.parameters())
     windows = make_windows(LENGTHS)
     for window, logits in zip(windows, stream_through(skeleton, windows, tmp_path), strict=True):
         with torch.no_grad():
@@ -145,3 +161,5 @@ def test_truncated_hidden_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hidden").write_bytes(b"\0" * 40)
     with pytest.raises(UserError, match="40 bytes, wanted 96"):
         Hidden.open(tmp_path / "hidden")
+    with pytest.raises(UserError, match="are gone"):
+        Hidden.open(tmp_path / "other")

@@ -101,6 +101,44 @@ ARCHITECTURES = {
         (QKV, ("self_attn.o_proj",)),
     ),
 }
+_NO_HEAD_DIM = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # (model type, options): walked by the same generic code
+    "opt-350m": (
+        "opt",
+        {**ARCHITECTURES["opt"].options, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    ),
+    "phi": ("phi", _NO_HEAD_DIM),
+    "falcon": ("falcon", {**COMMON, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    "bloom": ("bloom", {**COMMON, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_NO_HEAD_DIM,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_NO_HEAD_DIM,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+}
 MIXTURES = ("mixtral", "qwen3_moe")
 
 

@@ -8,7 +8,7 @@ not; ``encode`` and ``decode``, an exact round trip; ``nbytes``; ``quantization_
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -80,8 +80,8 @@ def encode_unit(
     """What the file of one unit holds.
 
     ``tensors``: the unit's state dict under full names, compressed layers already holding their new weights. Layers
-    whose state has a grid are encoded in place of their parameter; of a fused parameter ``(E, O, I)`` that is compressed
-    only in part, the other slices are written one by one as ``<parameter>.<index>``.
+    whose state has a grid are encoded in place of their parameter; of a fused parameter ``(E, O, I)`` that is
+    compressed only in part, the other slices are written one by one as ``<parameter>.<index>``.
     """
     written: dict[str, Tensor] = {}
     slices: dict[str, set[int]] = {}
@@ -109,7 +109,9 @@ def refuse_indivisible(spec: LayerSpec, quant: QuantSpec) -> str | None:
     return None
 
 
-def take(spec: LayerSpec, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
+def take(
+    spec: LayerSpec, tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None, shape: tuple[int, ...]
+) -> Tensor:
     """``tensors[name]``, or a UserError that says what is wrong with it; ``dtype`` None means any floating point."""
     if name not in tensors:
         raise UserError(f"{spec.name}: tensor {name} is missing from the checkpoint")
@@ -142,10 +144,13 @@ def read_setting(config: Mapping[str, Any], key: str, kind: type, where: str) ->
     """A value of a quantization_config, checked: UserError if it is missing or of another type."""
     value = config.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{where}: {key} is {value!r}, wanted {kind.__name__}; config.json is damaged or of another format")
+        raise UserError(
+            f"{where}: {key} is {value!r}, wanted {kind.__name__}; config.json is damaged or of another format"
+        )
     return value
 
 
-def join_reasons(reasons: Iterable[str | None]) -> str | None:
-    """The first reason there is."""
-    return next((reason for reason in reasons if reason is not None), None)
+def describe(quant: QuantSpec) -> str:
+    """A scheme in words."""
+    zeros = "symmetric" if quant.symmetric else "asymmetric"
+    return f"{quant.bits} bits, group_size {quant.group_size}, {zeros}"

@@ -1,11 +1,10 @@
 """compressed-tensors, format ``pack-quantized``: what vLLM and stock Transformers (with the package) load.
 
-Tensors of a layer ``<name>``, all widths of 1 to 8 bits packed without waste:
-``weight_packed`` int32 ``(O, ceil(I * bits / 32))``; ``weight_scale`` ``(O, G)`` in the model's dtype, which is what the
-stock load casts it to; ``weight_shape`` int64 ``(2,)``; ``weight_zero_point`` int32 ``(ceil(O * bits / 32), G)``, packed
-along O, only if asymmetric. Stored codes and zeros are the package's signed ones plus ``2**(bits - 1)``: exactly ours.
-The stock load computes ``scale * (code - zero)`` in the scale's dtype: one rounding, since ``|code - zero| <= 255`` is
-exact in bfloat16 and float16.
+Tensors of a layer ``<name>``, all widths of 1 to 8 bits packed without waste: ``weight_packed`` int32 ``(O, ceil(I *
+bits / 32))``; ``weight_scale`` ``(O, G)`` in the model's dtype, which the stock load casts it to; ``weight_shape``
+int64 ``(2,)``; ``weight_zero_point`` int32 ``(ceil(O * bits / 32), G)``, packed along O, if asymmetric. Stored codes
+and zeros are the package's signed ones plus ``2**(bits - 1)``: exactly ours. The stock load computes ``scale * (code
+- zero)`` in the scale's dtype: one rounding, since ``|code - zero| <= 255`` is exact in bfloat16 and float16.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from compress.storage.formats.base import (
     Layers,
     QuantSpec,
     dequantize,
+    describe,
     read_setting,
     refuse_indivisible,
     store_exactly,
@@ -56,8 +56,19 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
 
 
 def conflict(layers: Layers, untouched: Sequence[LayerSpec]) -> str | None:
-    """Never: each combination of bits and group size is a config group of its own."""
-    return None
+    """Symmetric layers may differ in bits and group size (config groups); with asymmetric ones all must agree.
+
+    A stock load in packed form can't take zero points (compressed-tensors 0.20 expects them unpacked there), so such
+    models carry ``dequantize: true``, and that path of Transformers 5.23 knows one scheme for the whole model.
+    """
+    schemes = {quant: spec.name for spec, quant in layers}
+    if len(schemes) < 2 or all(quant.symmetric for quant in schemes):
+        return None
+    (first, one), (second, two), *_ = schemes.items()
+    return (
+        f"with asymmetric layers Transformers loads compressed-tensors by one scheme, but {one} has {describe(first)} "
+        f"and {two} has {describe(second)}; make them alike or symmetric, or use format native"
+    )
 
 
 def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -112,6 +123,9 @@ def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
 
 def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[str, Any] | None:
     """One config group per scheme; its targets are regular expressions over layer names, block numbers left open."""
+    reason = conflict(layers, untouched)
+    if reason is not None:
+        raise UserError(reason)
     schemes: dict[QuantSpec, list[str]] = {}
     for spec, quant in layers:
         schemes.setdefault(quant, []).append(spec.name)
@@ -139,6 +153,7 @@ def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
+        "dequantize": not all(quant.symmetric for quant in schemes),
         "config_groups": groups,
         "ignore": [*others, "lm_head"],
     }
@@ -192,7 +207,9 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> QuantSpec:
     bits = read_setting(weights, "num_bits", int, where)
     strategy = weights.get("strategy")
     if strategy not in ("group", "channel") or weights.get("type", "int") != "int" or not 1 <= bits <= 8:
-        raise UserError(f"{where}: {bits} bits {weights.get('type')}, strategy {strategy!r} is not an integer weight grid")
+        raise UserError(
+            f"{where}: {bits} bits {weights.get('type')}, strategy {strategy!r} is not an integer weight grid"
+        )
     size = read_setting(weights, "group_size", int, where) if strategy == "group" else -1
     if size == 0 or size < -1:
         raise UserError(f"{where}: group_size {size} is not positive")

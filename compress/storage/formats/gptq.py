@@ -6,6 +6,10 @@ input, always ``i // group_size`` here (``desc_act: false``). Three bits run acr
 
 Two variants: ``gptq`` (v1) stores ``zero - 1``, which has no code for zero 0; ``gptq_v2`` stores ``zero``. Symmetric
 models are written as v1, which every reader knows, asymmetric ones as v2; ``checkpoint_format`` says which.
+
+GPTQModel 7.7 on a CPU keeps scales in float16 whatever the model's dtype, and rounds ``scale * (code - zero)`` to
+float16 before the model's dtype: weights differ from a single rounding by one float16 step at most. Its CPU kernel
+for 4 bits refuses one group per row unless the row has 32, 64, 128 or 256 inputs (its GPU kernels take any).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from compress.storage.formats.base import (
     Layers,
     QuantSpec,
     dequantize,
+    describe,
     read_setting,
     refuse_indivisible,
     store_exactly,
@@ -48,8 +53,9 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
     """2, 3, 4 and 8 bits with integer zeros; sizes that are multiples of 32."""
     if quant is None:
         return None
-    if spec.kind == "expert":
-        return "gptq quantizes single linear layers, not experts fused in one 3-D parameter; format native carries them"
+    if spec.kind != "linear":
+        what = "Conv1D layers (GPTQModel's kernels do not load in GPT-2)" if spec.kind == "conv1d" else "fused experts"
+        return f"gptq carries nn.Linear only, not {what}; format native carries them"
     if quant.bits not in BITS:
         return f"gptq carries {', '.join(map(str, BITS))} bits, got {quant.bits}"
     if quant.float_zero:
@@ -70,7 +76,7 @@ def conflict(layers: Layers, untouched: Sequence[LayerSpec]) -> str | None:
         return None
     (first, one), (second, two), *_ = schemes.items()
     return (
-        f"gptq holds one scheme per model, but {one} has {_describe(first)} and {two} has {_describe(second)}; "
+        f"gptq holds one scheme per model, but {one} has {describe(first)} and {two} has {describe(second)}; "
         "use format compressed-tensors or native"
     )
 
@@ -78,8 +84,7 @@ def conflict(layers: Layers, untouched: Sequence[LayerSpec]) -> str | None:
 def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of one layer; a layer without a grid is written as its plain weight."""
     if state.grid is None or state.codes is None:
-        weight = state.weight.t() if spec.kind == "conv1d" else state.weight
-        return {spec.parameter: weight.to(model_dtype).contiguous()}
+        return {spec.parameter: state.weight.to(model_dtype).contiguous()}
     grid = state.grid
     assert not grid.float_zero, f"{spec.name}: float zeros need format native"
     if grid.symmetric:
@@ -181,7 +186,3 @@ def _read_scheme(config: Mapping[str, Any]) -> tuple[QuantSpec, int]:
 
 def _find_block(name: str) -> str | None:
     return next((block for block in BLOCKS if name.startswith(block + ".")), None)
-
-
-def _describe(quant: QuantSpec) -> str:
-    return f"{quant.bits} bits, group_size {quant.group_size}, {'symmetric' if quant.symmetric else 'asymmetric'}"

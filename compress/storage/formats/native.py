@@ -139,7 +139,9 @@ def list_layers(
     """Every encoded layer and the tensors that make it."""
     version = config.get("version")
     if version != VERSION:
-        raise UserError(f"quantization_config: version is {version!r}, this compress reads {VERSION}; install a matching one")
+        raise UserError(
+            f"quantization_config: version is {version!r}, this compress reads {VERSION}; install a matching one"
+        )
     found = []
     for name, entry in read_setting(config, "layers", dict, "quantization_config").items():
         spec = _read_spec(name, entry)
@@ -194,7 +196,9 @@ def _read_quant(spec: LayerSpec, config: Mapping[str, Any]) -> QuantSpec:
         read_setting(entry, "symmetric", bool, where),
         bool(entry.get("float_zero", False)),
     )
-    reason = carries(spec, quant, "") if quant.group_size == -1 or quant.group_size > 0 else "group_size is not positive"
+    reason = (
+        carries(spec, quant, "") if quant.group_size == -1 or quant.group_size > 0 else "group_size is not positive"
+    )
     if reason is not None:
         raise UserError(f"{where}: {reason}")
     return quant
