@@ -33,13 +33,13 @@ def compress_layers(
     layers: Sequence[PlannedLayer],
     weights: Sequence[Tensor],
     statistic: Statistic | None,
-    probe: Statistic,
+    probe: Tensor,
     scale_dtype: torch.dtype,
 ) -> list[Outcome]:
     """Apply each layer's steps; layers read the same input, which ``statistic`` describes.
 
-    ``weights``: ``(O, I)`` float32 each. ``probe``: held-out rows of the input, for the error on the output; it may have
-    no tokens (an expert that no probe token reached).
+    ``weights``: ``(O, I)`` float32 each. ``probe``: held-out rows of the input ``(T, I)``, for the error on the
+    output; there may be none (an expert that no probe token reached).
     """
     outcomes: list[Outcome] = []
     paired = list(zip(layers, weights, strict=True))
@@ -56,7 +56,7 @@ def _stack_key(layer: PlannedLayer) -> Any:
 def _compress_stack(
     stack: list[tuple[PlannedLayer, Tensor]],
     statistic: Statistic | None,
-    probe: Statistic,
+    probe: Tensor,
     scale_dtype: torch.dtype,
 ) -> list[Outcome]:
     started = time.monotonic()
@@ -92,7 +92,7 @@ def judge(
     weight: Tensor,
     state: LayerState,
     statistic: Statistic | None,
-    probe: Statistic,
+    probe: Tensor,
     seconds: float,
 ) -> LayerReport:
     """The driver's figures for a layer, the same for every method."""
@@ -102,7 +102,7 @@ def judge(
         shape=layer.spec.shape,
         method="+".join(step.method for step in layer.steps),
         weight_error=errors.weight_error(weight, state.weight),
-        output_error=errors.output_error(weight, state.weight, probe.gram) if probe.tokens else None,
+        output_error=errors.rows_error(weight, state.weight, probe) if len(probe) else None,
         bits_per_weight=layer.bits_per_weight,
         seconds=round(seconds, 4),
         tokens=None if statistic is None else statistic.tokens,

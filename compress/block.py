@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.apply import Outcome, compress_layers
 from compress.plan_select import PlannedLayer, load_method
@@ -18,7 +18,7 @@ from compress.walk.coroutine import BlockWalk
 from compress.walk.hidden import Hidden
 from compress.walk.layers import get_weight, set_weight
 from compress.walk.skeleton import Skeleton
-from compress.walk.statistics import accumulate, make_token_weights, observe
+from compress.walk.statistics import accumulate, make_token_weights, observe, read_held_out
 from compress.walk.stream import Call
 
 
@@ -78,7 +78,9 @@ class Needs:
     @classmethod
     def of(cls, layers: Iterable[PlannedLayer], windows: int) -> Needs:
         """The union of what the layers' steps want; ``windows`` is the number of calibration windows."""
-        configs = [(load_method(step.method).needs(step.config), step.config) for layer in layers for step in layer.steps]
+        configs = [
+            (load_method(step.method).needs(step.config), step.config) for layer in layers for step in layer.steps
+        ]
         crossed = [config for wanted, config in configs if "cross" in wanted]
         kinds = {getattr(config, "token_weights", "uniform") for wanted, config in configs if "gram" in wanted}
         return cls(
@@ -86,7 +88,9 @@ class Needs:
             cross=bool(crossed),
             true_sequential=all(getattr(config, "true_sequential", True) for _, config in configs),
             token_weights="residual" if "residual" in kinds else "uniform",
-            dense_windows=max((min(getattr(config, "dense_windows", None) or windows, windows) for config in crossed), default=0),
+            dense_windows=max(
+                (min(getattr(config, "dense_windows", None) or windows, windows) for config in crossed), default=0
+            ),
         )
 
 
@@ -105,7 +109,7 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class CompressedBlock:
-    """The module with its new weights, what the steps made of its layers, and the streams in front of the next block."""
+    """The module with its new weights, what the steps made of its layers, the streams in front of the next block."""
 
     block: nn.Module
     outcomes: list[Outcome]
@@ -142,13 +146,13 @@ def compress_block(
 
 def _observe_groups(
     walk: BlockWalk, needs: Needs, streams: Streams
-) -> Iterator[tuple[tuple[LayerSpec, ...], Statistic | None, Statistic]]:
-    """Each group of layers with the statistic of its input (None for methods without data) and the held-out one."""
+) -> Iterator[tuple[tuple[LayerSpec, ...], Statistic | None, Tensor]]:
+    """Each group of layers with the statistic of its input (None for methods without data) and its held-out rows."""
     weights = make_token_weights(needs.token_weights, streams.main, [streams.probe]) if needs.gram else None
     if needs.true_sequential:
         for group in walk.groups():
             statistic = accumulate(group, cross=needs.cross, weights=weights) if needs.gram else None
-            yield group.specs, statistic, accumulate(group, held_out=True)
+            yield group.specs, statistic, read_held_out(group)
     else:
         for group, statistic, probe in observe(walk, cross=needs.cross, weights=weights):
             yield group.specs, statistic if needs.gram else None, probe

@@ -44,7 +44,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:
     """The folder's tokenizer, or None where it has none."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")):
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -60,7 +63,9 @@ def make_texts(recipe: Recipe, tokenizer: Any | None, calibrated: bool, vocabula
     """
     if tokenizer is None:
         if calibrated:
-            raise UserError("calibration wants text, and the model has no tokenizer; add one, or use rtn, which needs no data")
+            raise UserError(
+                "calibration wants text, and the model has no tokenizer; add one, or use rtn, which needs no data"
+            )
         generator = torch.Generator().manual_seed(recipe.seed)
         return Texts((), torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator), {"probe": "random tokens"})
     wanted = recipe.calibration
@@ -68,7 +73,11 @@ def make_texts(recipe: Recipe, tokenizer: Any | None, calibrated: bool, vocabula
     if not calibrated:
         return Texts((), probe, {"probe": protocol})
     windows = cut_windows(
-        corpora.load(wanted.corpus, "calibration"), tokenizer, tokens=wanted.tokens, count=wanted.samples, seed=wanted.seed
+        corpora.load(wanted.corpus, "calibration"),
+        tokenizer,
+        tokens=wanted.tokens,
+        count=wanted.samples,
+        seed=wanted.seed,
     )
     return Texts(list(windows.ids), probe, {"probe": protocol, "calibration": windows.protocol()})
 

@@ -126,7 +126,7 @@ def compress_folder(
 
 
 def compress_units(job: Job, writer: Writer) -> Tensor:
-    """Every unit that is not written yet, in order. Returns the probe's logits ``(1, T, V)`` of the compressed model."""
+    """All units that are not written yet. Returns the compressed model's logits ``(1, T, V)`` of the probe."""
     blocks = job.skeleton.blocks
     done = next((i for i, name in enumerate(blocks) if not writer.has(name)), len(blocks))
     spill = writer.spill_folder()
@@ -154,7 +154,10 @@ def start_streams(job: Job, spill: Path | None, done: int) -> tuple[Streams, lis
         dense = None
         if job.needs.dense_windows:
             dense = Hidden.create(
-                spill and spill / Streams.file("dense", 0), main.lengths[: job.needs.dense_windows], main.width, main.dtype
+                spill and spill / Streams.file("dense", 0),
+                main.lengths[: job.needs.dense_windows],
+                main.width,
+                main.dtype,
             )
             for n in range(len(dense)):
                 dense.write(n, main.read(n))
@@ -204,7 +207,9 @@ def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progres
             streams = result.streams
             reports += [asdict(outcome.report) for outcome in result.outcomes]
             bar.advance()
-    model.compress_report = finish.report_model(job, reports, finish.Cost(time.monotonic() - started, finish.measure_peak()))
+    model.compress_report = finish.report_model(
+        job, reports, finish.Cost(time.monotonic() - started, finish.measure_peak())
+    )
     return model
 
 

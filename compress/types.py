@@ -38,7 +38,7 @@ class LayerSpec:
 class Grid:
     """An affine grid, one scale and zero per row and group of ``group_size`` consecutive inputs.
 
-    ``w_hat[o, i] = scale[o, g] * (code[o, i] - zero[o, g])`` with ``g = i // group_size`` and codes ``0 .. 2**bits - 1``.
+    ``w_hat[o, i] = scale[o, g] * (code[o, i] - zero[o, g])``, ``g = i // group_size``, codes ``0 .. 2**bits - 1``.
     Symmetric means ``zero == 2**(bits - 1)`` everywhere; the scale may then be negative (full-range signed absmax).
     ``zero`` holds integers unless ``float_zero``.
     """
@@ -91,8 +91,8 @@ class Statistic:
     cross: Tensor | None = None
     cross_tokens: int = 0  # rows that cross was summed over; fewer than tokens if the dense stream has fewer windows
     residual: Tensor | None = None
-    """``sum (h_dense - h) x^T`` ``(O, I)`` over the same rows as ``cross``: ``h`` is the residual stream that the layer's
-    output is added to, just before the addition. Only for layers that write to the residual stream."""
+    """``sum (h_dense - h) x^T`` ``(O, I)`` over the same rows as ``cross``: ``h`` is the residual stream that the
+    layer's output is added to, just before the addition. Only for layers that write to the residual stream."""
     cache: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ import compress
 from compress.errors import NumericsError, UserError, VerificationError
 from compress.storage.checkpoint import Checkpoint
 
+
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """No second process that reloads the result: for tests of something else, since it takes seconds."""
@@ -61,7 +62,9 @@ def test_gptq_writes_a_folder_that_stock_transformers_loads_and_a_whole_report(l
     assert len(report["layers"]) == 3 * 7
     assert all(layer["tokens"] == 3 * 64 and layer["fallback"] is None for layer in report["layers"])
     assert all(0 < layer["output_error"] < 0.1 for layer in report["layers"])
-    assert {"dense", "compressed", "protocol", "untouched_share", "layers", "seconds", "peak_bytes", "versions"} <= set(report)
+    assert {"dense", "compressed", "protocol", "untouched_share", "layers", "seconds", "peak_bytes", "versions"} <= set(
+        report
+    )
     shares = sum(layer["shape"][0] * layer["shape"][1] for layer in report["layers"])
     total = report["compressed"]["parameters"]
     assert report["untouched_share"] == pytest.approx(1 - shares / total)
@@ -204,7 +207,9 @@ def test_killed_anywhere_the_same_command_goes_on_and_gives_the_same_bytes(
     assert kept == set(before), "finished blocks are not computed again"
     first = json.loads((whole / "report.json").read_text())
     strip = [{key: value for key, value in layer.items() if key != "seconds"} for layer in first["layers"]]
-    assert [{key: value for key, value in layer.items() if key != "seconds"} for layer in result.report["layers"]] == strip
+    assert [
+        {key: value for key, value in layer.items() if key != "seconds"} for layer in result.report["layers"]
+    ] == strip
     assert not partial.exists()
 
 

@@ -38,7 +38,7 @@ class Config(MethodConfig):
         "group_aware",
         description="columns as they are, by diag(H) with grids fitted first, or by diag(H) within groups",
     )
-    damping: float = Field(0.01, ge=0, le=10, description="added to diag(H), relative to its mean")
+    damping: float = Field(0.1, ge=0, le=10, description="added to diag(H), relative to its mean")
     block_size: int = Field(32, ge=1, description="columns compensated at a time; changes the speed only")
     targets: Literal["layer", "dense", "stream"] = Field(
         "stream",
@@ -47,12 +47,16 @@ class Config(MethodConfig):
     )
     shrinkage: float = Field(1.0, ge=0, le=1, description="share of the correction for earlier losses that is applied")
     correction_damping: float = Field(
-        0.2, ge=0, le=100, description="like damping, for the correction alone, which overfits few tokens sooner"
+        10.0,
+        ge=0,
+        le=1000,
+        description="damping of that correction, relative to mean(diag H) times inputs per calibration token: "
+        "the fewer tokens, the less it may fit",
     )
     dense_windows: int | None = Field(
         None, ge=1, description="calibration windows that also run through the dense model for the targets; null = all"
     )
-    refinements: int = Field(2, ge=0, description="turns of least squares for scales and descent over codes at the end")
+    refinements: int = Field(1, ge=0, description="turns of least squares for scales and descent over codes at the end")
     true_sequential: bool = Field(
         True, description="within a block, later layers see inputs made by the already quantized earlier ones"
     )
@@ -161,11 +165,13 @@ def _correct(weight: Tensor, statistic: Statistic, config: Config) -> Tensor:
     residual = statistic.residual if "residual" in wanted else None
     if cross is None and residual is None:
         return weight
-    key = ("correction", config.correction_damping)
+    tokens = statistic.cross_tokens or statistic.tokens
+    damping = config.correction_damping * len(statistic.gram) / tokens
+    key = ("correction", damping)
     if key not in statistic.cache:
-        statistic.cache[key] = grams.factor_gram(statistic.gram, config.correction_damping)
-    rows_ratio = statistic.tokens / (statistic.cross_tokens or statistic.tokens)
-    return grams.correct_targets(weight, statistic.cache[key], cross, residual, config.shrinkage * rows_ratio)
+        statistic.cache[key] = grams.factor_gram(statistic.gram, damping)
+    factor = statistic.cache[key]
+    return grams.correct_targets(weight, factor, cross, residual, config.shrinkage * statistic.tokens / tokens)
 
 
 class _Rounding:
@@ -227,6 +233,10 @@ def _finish(
 
 def _round_to_nearest(state: LayerState, config: Config, scale_dtype: torch.dtype) -> LayerState:
     plain = rtn.Config(
-        bits=config.bits, group_size=config.group_size, symmetric=config.symmetric, clip_search=config.clip_search
+        bits=config.bits,
+        group_size=config.group_size,
+        symmetric=config.symmetric,
+        clip_search=config.clip_search,
+        on_indivisible=config.on_indivisible,
     )
     return rtn.compress(state, None, plain, scale_dtype).with_notes(fallback="no calibration tokens: round to nearest")

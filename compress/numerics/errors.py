@@ -15,6 +15,13 @@ def output_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
     return _ratio(output_energy(weight - changed, gram), output_energy(weight, gram))
 
 
+def rows_error(weight: Tensor, changed: Tensor, rows: Tensor) -> float:
+    """``||(W - W_hat) X||^2 / ||W X||^2`` over input ``rows`` ``(T, I)``: ``output_error`` without the Gram matrix."""
+    values = rows.to(weight.dtype).T
+    lost = ((weight - changed) @ values).square().sum(dtype=weight.double().dtype)
+    return _ratio(lost, (weight @ values).square().sum(dtype=weight.double().dtype))
+
+
 def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """``trace(W H W^T)`` = ``sum ||W x||^2``, a scalar in float64."""
     return ((weight @ gram) * weight).sum(dtype=weight.double().dtype)

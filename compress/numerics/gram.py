@@ -131,7 +131,8 @@ def _invert_upper(matrix: Tensor) -> Tensor:
     size = len(matrix)
     if size <= 128:
         eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, eye, upper=True)
+        base: Tensor = torch.linalg.solve_triangular(matrix, eye, upper=True)
+        return base
     half = size // 2
     inverse = torch.zeros_like(matrix)
     inverse[:half, :half] = _invert_upper(matrix[:half, :half])

@@ -66,7 +66,7 @@ class FitRule:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
 
 def fit_whole_range(groups: Tensor, rule: FitRule) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ for more time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -22,6 +22,7 @@ from compress.walk.experts import read_positions
 from compress.walk.groups import Group, Hooked, find_groups
 from compress.walk.hidden import Hidden
 from compress.walk.memory import measure_frames
+from compress.walk.residual import find_writers, is_stream, list_norms
 from compress.walk.stream import PROBE_TOKENS, Call, run_block
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Rows(NamedTuple):
     dense: Tensor | None  # (T, I) the same input in the uncompressed model, where the dense stream has this window
     window: int
     positions: Tensor | None  # (T,) the window's token of each row; None: rows are the window's tokens in order
+    streams: tuple[Tensor, Tensor] | None = None
+    """The residual streams here and in the uncompressed model, ``(T, D)``, where the group's layer adds to them."""
 
 
 class InputGroup:
@@ -66,12 +69,13 @@ class _Forward(greenlet):  # type: ignore[misc]  # greenlet has no types of its 
         self._block, self._hidden, self._call, self._names = block, hidden, call, names
         self.group = -1
         self.x: Tensor | None = None  # input of the group where it waits
+        self.stream: Tensor | None = None  # (1, T, D) the residual stream as it was last read
         self.output: Tensor | None = None
 
     def run(self) -> None:
         hidden, self._hidden = self._hidden, None  # type: ignore[assignment]
         self.output = run_block(self._block, hidden, self._call)
-        self.group, self.x = len(self._names), None
+        self.group, self.x, self.stream = len(self._names), None, None
 
     def pause(self, group: int, x: Tensor) -> None:
         if group <= self.group:
@@ -128,6 +132,7 @@ class BlockWalk:
         self._calls = {length: call.to(self._device) for length, call in calls.items()}
         self._main = Hooked(block, self.specs)
         self._dense = None if dense_block is None else Hooked(dense_block, self.specs)
+        self.writers: frozenset[str] = frozenset()  # layers that write to the residual stream; with a dense stream only
         self.layout = self._find_layout()
         self._hooks = self._install(self._main)
         if self._dense is not None:
@@ -209,7 +214,8 @@ class BlockWalk:
             if dense is not None and dense.group == index and not self.layout[index].is_expert:
                 pair = self._checked(dense.x, n, "input in the dense model").reshape(-1, x.shape[-1])
             assert forward.x is not None
-            rows = Rows(x.reshape(-1, x.shape[-1]), pair, n, read_positions(forward.x))
+            streams = _pair_streams(forward, dense) if pair is not None and self._writes(index) else None
+            rows = Rows(x.reshape(-1, x.shape[-1]), pair, n, read_positions(forward.x), streams)
         if fresh:
             self._drop(n)
         return rows
@@ -248,6 +254,11 @@ class BlockWalk:
             if n in forwards:
                 forwards.pop(n).drop()
 
+    def _writes(self, index: int) -> bool:
+        """Whether the group is one layer whose output is added to the residual stream."""
+        specs = self.layout[index].specs
+        return len(specs) == 1 and specs[0].name in self.writers
+
     def _find_layout(self) -> list[Group]:
         if not self.specs:
             return []
@@ -255,6 +266,8 @@ class BlockWalk:
         if length not in self._calls:
             length = self.inputs.lengths[0]
         hidden = self.inputs.read(0, self._device)[:, :length]
+        if self._dense is not None:
+            self.writers = find_writers(self._main, self.specs, hidden, self._calls[length])
         return find_groups(self._main, self.specs, hidden, self._calls[length])
 
     def _install(self, hooked: Hooked) -> list[torch.utils.hooks.RemovableHandle]:
@@ -267,7 +280,14 @@ class BlockWalk:
                     current.pause(index, args[0])
 
             handles.append(hooked.modules[group.specs[0].name].register_forward_pre_hook(pause))
+        if self.writers:
+            handles += [norm.register_forward_pre_hook(self._note_stream) for norm in list_norms(hooked.block)]
         return handles
+
+    def _note_stream(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        current = getcurrent()
+        if isinstance(current, _Forward) and args and is_stream(args[0], self.inputs.width):
+            current.stream = args[0]
 
     def _checked(self, x: Tensor | None, n: int, what: str) -> Tensor:
         assert x is not None
@@ -288,3 +308,10 @@ def _common_prefix(names: Sequence[str]) -> str:
     while parts and all(len(one) > same + 1 and one[same] == parts[0][same] for one in parts):
         same += 1
     return ".".join(parts[0][:same]) if parts else ""
+
+
+def _pair_streams(main: _Forward, dense: _Forward | None) -> tuple[Tensor, Tensor]:
+    """The residual streams in front of the layer where both forwards wait."""
+    assert dense is not None and dense.stream is not None and main.stream is not None
+    width = main.stream.shape[-1]
+    return main.stream.reshape(-1, width), dense.stream.reshape(-1, width)

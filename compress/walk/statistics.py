@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compress.numerics.gram import add_cross, add_gram, mirror_gram
+from compress.numerics.gram import add_cross, add_drift, add_gram, mirror_gram
 from compress.types import Statistic
 from compress.walk.coroutine import BlockWalk, InputGroup, Rows
 from compress.walk.hidden import Hidden
@@ -49,25 +49,33 @@ class Accumulator:
         self._weights = weights
         self._gram = torch.zeros(features, features, device=device)
         self._cross = torch.zeros(features, features, device=device) if cross else None
+        self._residual: Tensor | None = None  # (O, I)
         self._tokens = 0
         self._cross_tokens = 0
 
     @torch.no_grad()
     def add(self, rows: Rows) -> None:
-        """Add one window: ``gram += sum w x x^T`` and, where there is a pair, ``cross += sum w (x_dense - x) x^T``."""
+        """Add one window: ``gram += sum w x x^T``; with a pair ``cross`` and ``residual`` too."""
         root = self._root_weights(rows)
         x = rows.x.float() if root is None else rows.x.float() * root
         self._tokens += x.shape[0]
         add_gram(self._gram, x)
-        if self._cross is not None and rows.dense is not None:
-            dense = rows.dense.float() if root is None else rows.dense.float() * root
-            add_cross(self._cross, x, dense)
-            self._cross_tokens += x.shape[0]
+        if self._cross is None or rows.dense is None:
+            return
+        add_cross(self._cross, x, rows.dense.float() if root is None else rows.dense.float() * root)
+        self._cross_tokens += x.shape[0]
+        if rows.streams is not None:
+            now, dense = (one.float() if root is None else one.float() * root for one in rows.streams)
+            if self._residual is None:
+                self._residual = torch.zeros(now.shape[1], x.shape[1], device=x.device)
+            add_drift(self._residual, x, now, dense)
 
     def statistic(self) -> Statistic:
         """What was added so far; the accumulator is done after it."""
         cross = self._cross if self._cross_tokens else None
-        return Statistic(self._tokens, mirror_gram(self._gram), cross, cross_tokens=self._cross_tokens)
+        return Statistic(
+            self._tokens, mirror_gram(self._gram), cross, cross_tokens=self._cross_tokens, residual=self._residual
+        )
 
     def _root_weights(self, rows: Rows) -> Tensor | None:
         """``sqrt(w)`` of each row ``(T, 1)``."""
@@ -78,11 +86,9 @@ class Accumulator:
         return weight.sqrt()[:, None]
 
 
-def accumulate(
-    group: InputGroup, *, cross: bool = False, weights: TokenWeights | None = None, held_out: bool = False
-) -> Statistic:
-    """The statistic of a group that waits: over the calibration windows, or over the held-out ones."""
-    rows = iter(group.rows(held_out))
+def accumulate(group: InputGroup, *, cross: bool = False, weights: TokenWeights | None = None) -> Statistic:
+    """The statistic of a group that waits, over the calibration windows."""
+    rows = iter(group.rows())
     first = next(rows, None)
     features = group.specs[0].shape[1]
     if first is None:
@@ -94,20 +100,26 @@ def accumulate(
     return accumulator.statistic()
 
 
+def read_held_out(group: InputGroup) -> Tensor:
+    """All held-out rows of a group that waits, ``(T, I)`` in the model's dtype; none give ``(0, I)``."""
+    rows = [one.x for one in group.rows(held_out=True)]
+    return torch.cat(rows) if rows else torch.zeros(0, group.specs[0].shape[1])
+
+
 def observe(
     walk: BlockWalk, *, cross: bool = False, weights: TokenWeights | None = None
-) -> list[tuple[InputGroup, Statistic, Statistic]]:
-    """Statistics of all groups of a block in one pass with its weights as they are: (group, calibration, held out)."""
-    pairs: dict[int, tuple[InputGroup, Accumulator, Accumulator]] = {}
+) -> list[tuple[InputGroup, Statistic, Tensor]]:
+    """All groups of a block in one pass with its weights as they are: (group, its statistic, its held-out rows)."""
     device = next(walk.block.parameters()).device
-    for group in walk.input_groups():
-        features = group.specs[0].shape[1]
-        calibration = Accumulator(features, cross, weights, device)
-        pairs[group.index] = (group, calibration, Accumulator(features, False, None, device))
+    groups = walk.input_groups()
+    calibration = {one.index: Accumulator(one.specs[0].shape[1], cross, weights, device) for one in groups}
+    held_out = {one.index: [torch.zeros(0, one.specs[0].shape[1], device=device)] for one in groups}
 
     def visit(group: InputGroup, rows: Rows) -> None:
-        _, calibration, held_out = pairs[group.index]
-        (held_out if rows.window in walk.held_out else calibration).add(rows)
+        if rows.window in walk.held_out:
+            held_out[group.index].append(rows.x.clone())
+        else:
+            calibration[group.index].add(rows)
 
     walk.observe(visit)
-    return [(group, one.statistic(), other.statistic()) for group, one, other in pairs.values()]
+    return [(one, calibration[one.index].statistic(), torch.cat(held_out[one.index])) for one in groups]

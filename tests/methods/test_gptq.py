@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.methods import gptq, rtn
 from compress.types import LayerState, Statistic
 
-PLAIN: dict[str, Any] = {"clip_search": False, "refinements": 0, "targets": "layer", "order": "none"}
+PLAIN: dict[str, Any] = {"damping": 0.01, "clip_search": False, "refinements": 0, "targets": "layer", "order": "none"}
 
 
 def make_layer(
@@ -162,7 +162,7 @@ def test_a_cross_of_half_the_rows_counts_double() -> None:
     weight, whole, _ = make_layer(drift=0.2)
     assert whole.cross is not None
     half = Statistic(whole.tokens, whole.gram, whole.cross / 2, cross_tokens=whole.tokens // 2)
-    fields = {"bits": 3, "group_size": 16, "targets": "dense"}
+    fields = {"bits": 3, "group_size": 16, "targets": "dense", "correction_damping": 0.0}
     assert torch.equal(run(weight, half, **fields).weight, run(weight, whole, **fields).weight)
 
 
@@ -173,6 +173,6 @@ def test_residual_of_the_stream_is_made_up_for() -> None:
     statistic.residual = lost.T @ seen
     errors = []
     for targets in ("dense", "stream"):
-        state = run(weight, statistic, bits=4, group_size=16, targets=targets)
+        state = run(weight, statistic, bits=4, group_size=16, targets=targets, correction_damping=0.0)
         errors.append(float((dense @ weight.T + lost - seen @ state.weight.T).square().sum()))
     assert errors[1] < 0.1 * errors[0]
