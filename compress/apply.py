@@ -1,15 +1,15 @@
 """The steps of a recipe on the layers that read one input, and the judge's figures for each of them.
 
-Layers that share input and steps (q, k and v; gate and up) are stacked along their rows and compressed as one tall
-matrix where every step treats rows independently: the same numbers, a third of the time.
+Where steps treat rows independently, small layers that share input and steps (q, k and v; gate and up) are stacked and
+compressed as one tall matrix, and a large layer is compressed a few rows at a time: the same numbers, in less time and
+in memory that does not grow with the layer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,14 +19,24 @@ from compress.numerics import errors
 from compress.plan_select import PlannedLayer, load_method
 from compress.types import LayerReport, LayerSpec, LayerState, Statistic
 
+CHUNK = 2**22  # weights that are compressed at a time
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """One layer after its steps."""
+    """One layer after its steps; ``state.weight`` is in the model's dtype, as the model will see it."""
 
     spec: LayerSpec
     state: LayerState
     report: LayerReport
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows after the steps, and per row the energy of weight and output, and what of it was lost, float64."""
+
+    state: LayerState
+    energies: Tensor  # (4, rows): weight, lost weight, output, lost output
 
 
 def compress_layers(
@@ -35,74 +45,100 @@ def compress_layers(
     statistic: Statistic | None,
     probe: Tensor,
     scale_dtype: torch.dtype,
-) -> list[Outcome]:
+) -> Iterator[Outcome]:
     """Apply each layer's steps; layers read the same input, which ``statistic`` describes.
 
-    ``weights``: ``(O, I)`` float32 each. ``probe``: held-out rows of the input ``(T, I)``, for the error on the
-    output; there may be none (an expert that no probe token reached).
+    ``weights``: ``(O, I)`` each, in the model's dtype. ``probe``: held-out rows of the input ``(T, I)``, for the error
+    on the output; there may be none (an expert that no probe token reached).
     """
-    outcomes: list[Outcome] = []
-    paired = list(zip(layers, weights, strict=True))
-    for _, stack in groupby(paired, key=lambda pair: _stack_key(pair[0])):
-        outcomes += _compress_stack(list(stack), statistic, probe, scale_dtype)
-    return outcomes
+    for stack in _stack_layers(layers):
+        started = time.monotonic()
+        members = [layers[i] for i in stack]
+        tall = weights[stack[0]] if len(stack) == 1 else torch.cat([weights[i] for i in stack])
+        height = len(tall) if not _is_rowwise(members[0]) else max(1, CHUNK // tall.shape[1])
+        pieces = [_compress_piece(rows, members[0], statistic, probe, scale_dtype) for rows in tall.split(height)]
+        state, energies = _join([piece.state for piece in pieces]), torch.cat([p.energies for p in pieces], dim=1)
+        seconds = time.monotonic() - started
+        start = 0
+        for layer in members:
+            rows = slice(start, start + layer.spec.shape[0])
+            start = rows.stop
+            part = _take(state, rows)
+            share = seconds * layer.spec.shape[0] / len(tall)
+            yield Outcome(layer.spec, part, _report(layer, part, energies[:, rows], statistic, probe, share))
 
 
-def _stack_key(layer: PlannedLayer) -> Any:
-    rowwise = all(load_method(step.method).ROWWISE for step in layer.steps)
-    return tuple((step.method, step.config) for step in layer.steps) if rowwise else layer.spec.name
+def _stack_layers(layers: Sequence[PlannedLayer]) -> list[list[int]]:
+    """Indices of layers that are compressed together: neighbours with equal steps, up to ``CHUNK`` weights."""
+    stacks: list[list[int]] = []
+    key: Any = None
+    for i, layer in enumerate(layers):
+        own = tuple((step.method, step.config) for step in layer.steps)
+        size = sum(layers[j].spec.numel for j in stacks[-1]) if stacks else 0
+        if stacks and own == key and _is_rowwise(layer) and size + layer.spec.numel <= CHUNK:
+            stacks[-1].append(i)
+        else:
+            stacks.append([i])
+        key = own
+    return stacks
 
 
-def _compress_stack(
-    stack: list[tuple[PlannedLayer, Tensor]],
-    statistic: Statistic | None,
-    probe: Tensor,
-    scale_dtype: torch.dtype,
-) -> list[Outcome]:
-    started = time.monotonic()
-    sizes = [weight.shape[0] for _, weight in stack]
-    state = LayerState(stack[0][1] if len(stack) == 1 else torch.cat([weight for _, weight in stack]))
-    for step in stack[0][0].steps:
+def _is_rowwise(layer: PlannedLayer) -> bool:
+    return all(load_method(step.method).ROWWISE for step in layer.steps)
+
+
+def _compress_piece(
+    rows: Tensor, layer: PlannedLayer, statistic: Statistic | None, probe: Tensor, scale_dtype: torch.dtype
+) -> _Piece:
+    weight = rows.to(torch.float32, copy=True)
+    state = LayerState(weight)
+    for step in layer.steps:
         state = load_method(step.method).compress(state, statistic, step.config, scale_dtype)
-    seconds = time.monotonic() - started
-    outcomes = []
-    for (layer, weight), part in zip(stack, split_rows(state, sizes), strict=True):
-        share = seconds * weight.shape[0] / sum(sizes)
-        outcomes.append(Outcome(layer.spec, part, judge(layer, weight, part, statistic, probe, share)))
-    return outcomes
+    lost = weight - state.weight
+    inputs = probe.float()
+    energies = [errors.row_energies(one) for one in (weight, lost)]
+    energies += [errors.row_energies(one @ inputs.T) for one in (weight, lost)]
+    return _Piece(replace(state, weight=state.weight.to(rows.dtype)), torch.stack(energies))
 
 
-def split_rows(state: LayerState, sizes: Sequence[int]) -> list[LayerState]:
-    """A stacked state taken apart again: rows of weight, codes, scales and zeros."""
-    if len(sizes) == 1:
-        return [state]
-    parts = []
-    start = 0
-    for size in sizes:
-        rows = slice(start, start + size)
-        grid = state.grid and replace(state.grid, scale=state.grid.scale[rows], zero=state.grid.zero[rows])
-        codes = None if state.codes is None else state.codes[rows]
-        parts.append(replace(state, weight=state.weight[rows], grid=grid, codes=codes))
-        start += size
-    return parts
+def _join(states: Sequence[LayerState]) -> LayerState:
+    """The state of all rows from those of some; notes are the same for all rows."""
+    first = states[0]
+    if len(states) == 1:
+        return first
+    weight = torch.cat([state.weight for state in states])
+    if first.grid is None:
+        return replace(first, weight=weight)
+    grids = [state.grid for state in states if state.grid is not None]
+    codes = torch.cat([state.codes for state in states if state.codes is not None])
+    scale, zero = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids])
+    return replace(first, weight=weight, codes=codes, grid=replace(first.grid, scale=scale, zero=zero))
 
 
-def judge(
+def _take(state: LayerState, rows: slice) -> LayerState:
+    """Some rows of a state."""
+    grid = state.grid and replace(state.grid, scale=state.grid.scale[rows], zero=state.grid.zero[rows])
+    codes = None if state.codes is None else state.codes[rows]
+    return replace(state, weight=state.weight[rows], grid=grid, codes=codes)
+
+
+def _report(
     layer: PlannedLayer,
-    weight: Tensor,
     state: LayerState,
+    energies: Tensor,
     statistic: Statistic | None,
     probe: Tensor,
     seconds: float,
 ) -> LayerReport:
     """The driver's figures for a layer, the same for every method."""
     notes = dict(state.notes)
+    weight, lost, output, lost_output = energies.sum(1).tolist()
     return LayerReport(
         name=layer.spec.name,
         shape=layer.spec.shape,
         method="+".join(step.method for step in layer.steps),
-        weight_error=errors.weight_error(weight, state.weight),
-        output_error=errors.rows_error(weight, state.weight, probe) if len(probe) else None,
+        weight_error=errors.ratio(lost, weight),
+        output_error=errors.ratio(lost_output, output) if len(probe) else None,
         bits_per_weight=layer.bits_per_weight,
         seconds=round(seconds, 4),
         tokens=None if statistic is None else statistic.tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from compress.apply import Outcome, compress_layers
+from compress.apply import compress_layers
 from compress.plan_select import PlannedLayer, load_method
-from compress.types import LayerSpec, Statistic
+from compress.types import LayerReport, LayerSpec, LayerState, Statistic
 from compress.walk.coroutine import BlockWalk
 from compress.walk.hidden import Hidden
-from compress.walk.layers import get_weight, set_weight
+from compress.walk.layers import set_weight, view_weight
 from compress.walk.skeleton import Skeleton
 from compress.walk.statistics import accumulate, make_token_weights, observe, read_held_out
 from compress.walk.stream import Call
@@ -105,14 +105,16 @@ class BlockTask:
     scale_dtype: torch.dtype
     suspend: bool  # all windows wait at once (fast), or one at a time (little memory)
     folder: Path | None  # where the next streams go; None: in memory
+    encode: Callable[[LayerSpec, LayerState], dict[str, Tensor] | None]  # a layer's written form, None: its weight
 
 
 @dataclass(frozen=True)
 class CompressedBlock:
-    """The module with its new weights, what the steps made of its layers, the streams in front of the next block."""
+    """The module with its new weights, its layers' reports and written forms, the streams behind it."""
 
     block: nn.Module
-    outcomes: list[Outcome]
+    reports: list[LayerReport]
+    encoded: list[tuple[LayerSpec, dict[str, Tensor]]]
     streams: Streams
 
 
@@ -123,7 +125,8 @@ def compress_block(
     block = skeleton.load_block(task.index, device)
     dense = None if streams.dense is None else copy.deepcopy(block)
     following = streams.open_next(task.folder, task.index + 1)
-    outcomes: list[Outcome] = []
+    reports: list[LayerReport] = []
+    encoded: list[tuple[LayerSpec, dict[str, Tensor]]] = []
     with BlockWalk(
         block,
         [layer.spec for layer in task.layers.values()],
@@ -135,13 +138,16 @@ def compress_block(
         suspend=task.suspend,
     ) as walk:
         for specs, statistic, probe in _observe_groups(walk, task.needs, streams):
-            weights = [get_weight(block, spec) for spec in specs]
+            weights = [view_weight(block, spec) for spec in specs]
             layers = [task.layers[spec.name] for spec in specs]
             for outcome in compress_layers(layers, weights, statistic, probe, task.scale_dtype):
                 set_weight(block, outcome.spec, outcome.state.weight)
-                outcomes.append(outcome)
+                reports.append(outcome.report)
+                form = task.encode(outcome.spec, outcome.state)
+                if form is not None:
+                    encoded.append((outcome.spec, form))
         walk.outputs(following.main, following.dense)
-    return CompressedBlock(block, outcomes, following)
+    return CompressedBlock(block, reports, encoded, following)
 
 
 def _observe_groups(

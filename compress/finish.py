@@ -81,7 +81,7 @@ def finish_folder(
         dtype = str(job.plan.dtype).removeprefix("torch.")
         verification = verify(staged, job.texts.probe[None], logits, dtype=dtype, trust_remote_code=trust_remote_code)
     evaluation, resident = measure(job, staged, source, trust_remote_code)
-    layers = [entry for unit in job.plan.units for entry in writer.sidecar(unit.name)["layers"]]
+    layers = [entry for unit in writer.units for entry in writer.sidecar(unit)["layers"]]
     report = build_report(
         plan=job.plan.to_dict(),
         layers=layers,

@@ -37,7 +37,7 @@ __all__ = ["Plan", "PlannedLayer", "PlannedUnit", "Untouched", "make_plan", "pla
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """One file of the result: a block, or all that is outside the blocks (``layers`` empty)."""
+    """A part of the result: a block, which is one file, or all that is outside the blocks (``layers`` empty)."""
 
     name: str  # "model.layers.0", or "outside"
     layers: tuple[PlannedLayer, ...]

@@ -43,7 +43,7 @@ class Calibration(_Part):
     corpus: str = Field(default="pydoc", min_length=1)  # a name (pydoc, wikitext2) or the path of a text file or folder
     samples: int = Field(default=16, ge=1)
     tokens: int = Field(default=2048, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=0)  # None: the first windows in order; a number: a random choice
 
 
 class Eval(_Part):

@@ -9,6 +9,7 @@ goes on where it was. The judge (errors per layer, the check after writing, perp
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import finish
-from compress.block import BlockTask, CompressedBlock, Needs, Streams, compress_block
+from compress.block import BlockTask, Needs, Streams, compress_block
 from compress.errors import UserError
 from compress.plan import Plan, as_recipe, make_plan
 from compress.plan_inputs import default_output, pick_dtype
@@ -28,15 +29,14 @@ from compress.prepare import Texts, load_tokenizer, make_texts
 from compress.progress import Progress, make_progress
 from compress.recipe import Recipe
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.base import Format, encode_unit, load_format
+from compress.storage.formats.base import Format, assemble_unit, encode_layer, load_format
 from compress.storage.source import Source, resolve
 from compress.storage.writer import Writer
+from compress.types import LayerSpec, LayerState
 from compress.walk.hidden import Hidden
 from compress.walk.skeleton import Skeleton
 from compress.walk.stream import Call, capture, record_calls
 from compress.walk.stream import finish as finish_forward
-
-OUTSIDE = "outside"  # the unit of everything that is not in a block
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compress_folder(
     texts = make_texts(recipe, tokenizer, bool(plan.needs), vocabulary(skeleton))
     job = Job(recipe, plan, skeleton, texts, progress, load_format(plan.format))
     about = finish.describe_run(job, source.name, checkpoint.digest())
-    names = [unit.name for unit in plan.units]
+    names = [*skeleton.blocks, *skeleton.outside_names()]
     with Writer(
         folder, names, finish.digest(about), prefix=job.format.PREFIX, about=about, fresh=fresh,
         needed_bytes=plan.bytes_after,
@@ -137,12 +137,16 @@ def compress_units(job: Job, writer: Writer) -> Tensor:
             result = compress_block(job.skeleton, task, streams, job.plan.device)
             streams.close()
             streams = result.streams
-            reports = [asdict(outcome.report) for outcome in result.outcomes]
-            writer.write(blocks[i], encode_block(job, blocks[i], result), {"layers": reports})
+            state = {f"{blocks[i]}.{name}": tensor for name, tensor in result.block.state_dict().items()}
+            reports = [asdict(report) for report in result.reports]
+            writer.write(blocks[i], assemble_unit(state, result.encoded), {"layers": reports})
             Streams.delete(spill, i)
+            del result, state  # before the next block is read
+            gc.collect()
             bar.advance()
-    if not writer.has(OUTSIDE):
-        writer.write(OUTSIDE, dict(job.skeleton.outside_tensors()), {"layers": []})
+    if not all(writer.has(name) for name in writer.units):
+        for name, tensor in job.skeleton.outside_tensors():
+            writer.write(name, {name: tensor}, {"layers": []})
     return probe_logits(job, streams)
 
 
@@ -174,13 +178,11 @@ def start_streams(job: Job, spill: Path | None, done: int) -> tuple[Streams, lis
 def make_task(job: Job, i: int, calls: dict[int, Call], spill: Path | None) -> BlockTask:
     """What ``compress_block`` needs to know of block ``i``."""
     layers = {layer.spec.name: layer for layer in job.plan.unit(job.skeleton.blocks[i]).layers}
-    return BlockTask(i, layers, calls, job.needs, job.plan.scale_dtype, job.plan.suspend, spill)
 
+    def encode(spec: LayerSpec, state: LayerState) -> dict[str, Tensor] | None:
+        return None if spill is None else encode_layer(job.format, spec, state, job.plan.dtype)
 
-def encode_block(job: Job, prefix: str, result: CompressedBlock) -> dict[str, Tensor]:
-    """The tensors of a block's file: compressed layers in the format, the rest as it is."""
-    state = {f"{prefix}.{name}": tensor for name, tensor in result.block.state_dict().items()}
-    return encode_unit(job.format, state, [(o.spec, o.state) for o in result.outcomes], job.plan.dtype)
+    return BlockTask(i, layers, calls, job.needs, job.plan.scale_dtype, job.plan.suspend, spill, encode)
 
 
 def probe_logits(job: Job, streams: Streams) -> Tensor:
@@ -205,7 +207,7 @@ def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progres
         for i in range(len(skeleton.blocks)):
             result = compress_block(skeleton, make_task(job, i, calls[i], None), streams, plan.device)
             streams = result.streams
-            reports += [asdict(outcome.report) for outcome in result.outcomes]
+            reports += [asdict(report) for report in result.reports]
             bar.advance()
     model.compress_report = finish.report_model(
         job, reports, finish.Cost(time.monotonic() - started, finish.measure_peak())

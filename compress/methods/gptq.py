@@ -54,7 +54,7 @@ class Config(MethodConfig):
         "the fewer tokens, the less it may fit",
     )
     dense_windows: int | None = Field(
-        None, ge=1, description="calibration windows that also run through the dense model for the targets; null = all"
+        8, ge=1, description="calibration windows that also run through the dense model for the targets; null = all"
     )
     refinements: int = Field(1, ge=0, description="turns of least squares for scales and descent over codes at the end")
     true_sequential: bool = Field(

@@ -15,6 +15,12 @@ def get_weight(block: nn.Module, spec: LayerSpec) -> Tensor:
 
 
 @torch.no_grad()
+def view_weight(block: nn.Module, spec: LayerSpec) -> Tensor:
+    """The weight of ``spec`` as it lies in the block, ``(O, I)`` in the model's dtype: a view, not to be changed."""
+    return _as_rows(find_parameter(block, spec), spec).detach()
+
+
+@torch.no_grad()
 def set_weight(block: nn.Module, spec: LayerSpec, weight: Tensor) -> None:
     """Write ``weight`` ``(O, I)`` where the layer's weight lives, cast to the parameter's dtype, in place."""
     assert tuple(weight.shape) == spec.shape, f"{spec.name}: weight is {tuple(weight.shape)}, layer is {spec.shape}"

@@ -100,6 +100,13 @@ class Skeleton:
         move_buffers(model, device)
         return model
 
+    def outside_names(self) -> list[str]:
+        """State-dict names of all that is outside the blocks, tied ones once, in the order of ``outside_tensors``."""
+        if self.reader is None:
+            return [name for name, _ in self.outside_tensors()]
+        tied = self._tied()
+        return [tied.get(name, name) for one in self._outside_conversions(head=True) for name in one.targets]
+
     def outside_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``(state-dict name, tensor)`` of all that is outside the blocks, one at a time on the CPU, tied ones once."""
         if self.reader is not None:
@@ -112,8 +119,7 @@ class Skeleton:
                 seen.add(key)
                 yield name, tensor.detach().cpu()
 
-    def _read_outside(self, device: torch.device | str, head: bool) -> Iterator[tuple[str, Tensor]]:
-        assert self.reader is not None
+    def _outside_conversions(self, head: bool) -> Iterator[Conversion]:
         assert self.names is not None
         output = self.model.get_output_embeddings()
         skipped = {id(one) for one in output.parameters()} if output is not None and not head else set()
@@ -123,8 +129,13 @@ class Skeleton:
             name = conversion.targets[0]
             if self._in_block(name) or (tied.get(name, name) != name and tied[name] in made):
                 continue
-            if id(self.model.get_parameter_or_buffer(name)) in skipped and not self._aliases(name):
-                continue
+            if id(self.model.get_parameter_or_buffer(name)) not in skipped or self._aliases(name):
+                yield conversion
+
+    def _read_outside(self, device: torch.device | str, head: bool) -> Iterator[tuple[str, Tensor]]:
+        assert self.reader is not None
+        tied = self._tied()
+        for conversion in self._outside_conversions(head):
             for target, tensor in read_conversion(conversion, self.reader, self.model, self.dtype, device).items():
                 self._refuse_untied(target, tensor)
                 yield tied.get(target, target), tensor

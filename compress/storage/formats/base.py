@@ -71,25 +71,25 @@ def load_format(word: str) -> Format:
     return cast(Format, importlib.import_module(f"compress.storage.formats.{word.replace('-', '_')}"))
 
 
-def encode_unit(
-    fmt: Format,
-    tensors: Mapping[str, Tensor],
-    layers: Sequence[tuple[LayerSpec, LayerState]],
-    model_dtype: torch.dtype,
+def encode_layer(fmt: Format, spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """What takes the place of the layer's parameter in the file; None where the parameter itself is written."""
+    return None if state.grid is None or fmt.NAME == "dense" else fmt.encode(spec, state, model_dtype)
+
+
+def assemble_unit(
+    tensors: Mapping[str, Tensor], encoded: Sequence[tuple[LayerSpec, Mapping[str, Tensor]]]
 ) -> dict[str, Tensor]:
     """What the file of one unit holds.
 
-    ``tensors``: the unit's state dict under full names, compressed layers already holding their new weights. Layers
-    whose state has a grid are encoded in place of their parameter; of a fused parameter ``(E, O, I)`` that is
-    compressed only in part, the other slices are written one by one as ``<parameter>.<index>``.
+    ``tensors``: the unit's state dict under full names, compressed layers already holding their new weights.
+    ``encoded``: layers that are written in another form, in place of their parameter; of a fused parameter
+    ``(E, O, I)`` that is encoded only in part, the other slices are written one by one as ``<parameter>.<index>``.
     """
     written: dict[str, Tensor] = {}
     slices: dict[str, set[int]] = {}
     replaced: set[str] = set()
-    for spec, state in layers:
-        if state.grid is None or fmt.NAME == "dense":
-            continue
-        written.update(fmt.encode(spec, state, model_dtype))
+    for spec, form in encoded:
+        written.update(form)
         replaced.add(spec.parameter)
         if spec.index is not None:
             slices.setdefault(spec.parameter, set()).add(spec.index)
@@ -100,6 +100,17 @@ def encode_unit(
             if index not in slices[name]:
                 written[f"{name}.{index}"] = tensor[index]
     return written
+
+
+def encode_unit(
+    fmt: Format,
+    tensors: Mapping[str, Tensor],
+    layers: Sequence[tuple[LayerSpec, LayerState]],
+    model_dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """``assemble_unit`` of layers that are all at hand."""
+    forms = [(spec, encode_layer(fmt, spec, state, model_dtype)) for spec, state in layers]
+    return assemble_unit(tensors, [(spec, form) for spec, form in forms if form is not None])
 
 
 def refuse_indivisible(spec: LayerSpec, quant: QuantSpec) -> str | None:
