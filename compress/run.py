@@ -147,6 +147,7 @@ def compress_units(job: Job, writer: Writer) -> Tensor:
     if not all(writer.has(name) for name in writer.units):
         for name, tensor in job.skeleton.outside_tensors():
             writer.write(name, {name: tensor}, {"layers": []})
+            del tensor  # before the next one is read
     return probe_logits(job, streams)
 
 

@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.numerics.finite import count_nonfinite
 from compress.storage.files import TensorHeader, read_header, read_json, read_tensor
 
 PREFIXES = ("model", "compress")  # stock shards, and those of the native format
@@ -124,9 +124,7 @@ class Checkpoint:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """UserError if ``tensor`` holds NaN or infinite values, with their count."""
-    if not tensor.is_floating_point():
-        return
-    bad = int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
+    bad = count_nonfinite(tensor)
     if bad:
         raise UserError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the file is damaged, download it again"

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from compress.errors import UserError
+from compress.numerics.finite import count_nonfinite
 
 # Causal masks and rotary tables that old checkpoints hold and no model of today reads.
 LEGACY_TENSORS = re.compile(r"(\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
@@ -160,8 +161,8 @@ def _check_tensor(name: str, tensor: Tensor, conversion: Conversion, model: PreT
             f"{name}: the checkpoint's {sources} has shape {tuple(tensor.shape)}, but config.json makes the model "
             f"want {tuple(wanted)}; config.json and weights do not belong together"
         )
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
+    count = count_nonfinite(tensor)
+    if count:
         raise UserError(
             f"{name}: {count} of {tensor.numel()} weights are NaN or infinite in {tensor.dtype} (from {sources}); "
             "the checkpoint is damaged, or its values overflow this dtype: download it again or choose dtype bfloat16"

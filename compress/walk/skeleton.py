@@ -136,9 +136,10 @@ class Skeleton:
         assert self.reader is not None
         tied = self._tied()
         for conversion in self._outside_conversions(head):
-            for target, tensor in read_conversion(conversion, self.reader, self.model, self.dtype, device).items():
-                self._refuse_untied(target, tensor)
-                yield tied.get(target, target), tensor
+            made = read_conversion(conversion, self.reader, self.model, self.dtype, device)
+            for target in list(made):
+                self._refuse_untied(target, made[target])
+                yield tied.get(target, target), made.pop(target)
 
     def _refuse_untied(self, name: str, tensor: Tensor) -> None:
         """A checkpoint may hold both sides of a tied pair; they must be the same then."""
