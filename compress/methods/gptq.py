@@ -38,6 +38,10 @@ class Config(MethodConfig):
         "group_aware",
         description="columns as they are, by diag(H) with grids fitted first, or by diag(H) within groups",
     )
+    token_weights: Literal["uniform", "residual"] = Field(
+        "residual",
+        description="every token counts alike, or relative to the size of the residual stream that it is added to",
+    )
     damping: float = Field(0.1, ge=0, le=10, description="added to diag(H), relative to its mean")
     block_size: int = Field(32, ge=1, description="columns compensated at a time; changes the speed only")
     targets: Literal["layer", "dense", "stream"] = Field(
@@ -45,7 +49,7 @@ class Config(MethodConfig):
         description="make up for the layer's own rounding (layer), also for what its input lost before it (dense), "
         "also for what the residual stream that it writes to lost before it (stream)",
     )
-    shrinkage: float = Field(1.0, ge=0, le=1, description="share of the correction for earlier losses that is applied")
+    shrinkage: float = Field(0.5, ge=0, le=1, description="share of the correction for earlier losses that is applied")
     correction_damping: float = Field(
         10.0,
         ge=0,

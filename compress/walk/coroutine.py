@@ -47,6 +47,7 @@ class InputGroup:
         self._walk = walk
         self.index = index
         self.specs = walk.layout[index].specs
+        self.writes = walk.writes(index)  # one layer, whose output is added to the residual stream
 
     def rows(self, held_out: bool = False) -> Iterator[Rows]:
         """The group's input, window by window: calibration windows, or the held-out ones.
@@ -132,7 +133,7 @@ class BlockWalk:
         self._calls = {length: call.to(self._device) for length, call in calls.items()}
         self._main = Hooked(block, self.specs)
         self._dense = None if dense_block is None else Hooked(dense_block, self.specs)
-        self.writers: frozenset[str] = frozenset()  # layers that write to the residual stream; with a dense stream only
+        self.writers: frozenset[str] = frozenset()  # layers that write to the residual stream
         self.layout = self._find_layout()
         self._hooks = self._install(self._main)
         if self._dense is not None:
@@ -214,7 +215,7 @@ class BlockWalk:
             if dense is not None and dense.group == index and not self.layout[index].is_expert:
                 pair = self._checked(dense.x, n, "input in the dense model").reshape(-1, x.shape[-1])
             assert forward.x is not None
-            streams = _pair_streams(forward, dense) if pair is not None and self._writes(index) else None
+            streams = _pair_streams(forward, dense) if pair is not None and self.writes(index) else None
             rows = Rows(x.reshape(-1, x.shape[-1]), pair, n, read_positions(forward.x), streams)
         if fresh:
             self._drop(n)
@@ -254,7 +255,7 @@ class BlockWalk:
             if n in forwards:
                 forwards.pop(n).drop()
 
-    def _writes(self, index: int) -> bool:
+    def writes(self, index: int) -> bool:
         """Whether the group is one layer whose output is added to the residual stream."""
         specs = self.layout[index].specs
         return len(specs) == 1 and specs[0].name in self.writers
@@ -266,8 +267,7 @@ class BlockWalk:
         if length not in self._calls:
             length = self.inputs.lengths[0]
         hidden = self.inputs.read(0, self._device)[:, :length]
-        if self._dense is not None:
-            self.writers = find_writers(self._main, self.specs, hidden, self._calls[length])
+        self.writers = find_writers(self._main, self.specs, hidden, self._calls[length])
         return find_groups(self._main, self.specs, hidden, self._calls[length])
 
     def _install(self, hooked: Hooked) -> list[torch.utils.hooks.RemovableHandle]:
@@ -280,7 +280,7 @@ class BlockWalk:
                     current.pause(index, args[0])
 
             handles.append(hooked.modules[group.specs[0].name].register_forward_pre_hook(pause))
-        if self.writers:
+        if self.writers and self._dense is not None:
             handles += [norm.register_forward_pre_hook(self._note_stream) for norm in list_norms(hooked.block)]
         return handles
 

@@ -19,7 +19,8 @@ class TokenWeights:
 
     ``residual``: ``w_t = 1 / mean(h_t^2)`` of the block's input hidden state ``h_t``, scaled to mean 1 over the tokens
     of ``windows``: an error counts relative to the residual stream that it is added to, so that the few tokens of huge
-    norm (attention sinks) do not rule the Gram matrix.
+    norm (attention sinks) do not rule the Gram matrix. They hold for layers that write to that stream; the inputs of all
+    others come out of a norm, and count alike.
     """
 
     def __init__(self, inputs: Hidden, windows: Sequence[int]) -> None:
@@ -93,7 +94,7 @@ def accumulate(group: InputGroup, *, cross: bool = False, weights: TokenWeights 
     features = group.specs[0].shape[1]
     if first is None:
         return Statistic(0, torch.zeros(features, features))
-    accumulator = Accumulator(features, cross, weights, first.x.device)
+    accumulator = Accumulator(features, cross, weights if group.writes else None, first.x.device)
     accumulator.add(first)
     for one in rows:
         accumulator.add(one)
@@ -112,7 +113,9 @@ def observe(
     """All groups of a block in one pass with its weights as they are: (group, its statistic, its held-out rows)."""
     device = next(walk.block.parameters()).device
     groups = walk.input_groups()
-    calibration = {one.index: Accumulator(one.specs[0].shape[1], cross, weights, device) for one in groups}
+    calibration = {
+        one.index: Accumulator(one.specs[0].shape[1], cross, weights if one.writes else None, device) for one in groups
+    }
     held_out = {one.index: [torch.zeros(0, one.specs[0].shape[1], device=device)] for one in groups}
 
     def visit(group: InputGroup, rows: Rows) -> None:

@@ -173,6 +173,6 @@ def test_residual_of_the_stream_is_made_up_for() -> None:
     statistic.residual = lost.T @ seen
     errors = []
     for targets in ("dense", "stream"):
-        state = run(weight, statistic, bits=4, group_size=16, targets=targets, correction_damping=0.0)
+        state = run(weight, statistic, bits=4, group_size=16, targets=targets, shrinkage=1.0, correction_damping=0.0)
         errors.append(float((dense @ weight.T + lost - seen @ state.weight.T).square().sum()))
     assert errors[1] < 0.1 * errors[0]
