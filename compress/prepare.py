@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from compress.eval import corpus as corpora
 from compress.eval.windows import cut_windows
 from compress.recipe import Recipe
 
+PROBE_CHARACTERS = 8192  # of the test text that are tokenized for the probe
 PROBE_TOKENS = 256  # held-out tokens that every run sends along: error per layer, and the check after writing
 
 
@@ -85,7 +86,8 @@ def make_texts(recipe: Recipe, tokenizer: Any | None, calibrated: bool, vocabula
 def _cut_probe(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
     """The first tokens of the test part, as many as there are up to ``PROBE_TOKENS`` and a calibration window."""
     corpus = corpora.load(recipe.eval.corpus if recipe.eval is not None else recipe.calibration.corpus, "test")
-    held = len(tokenizer(corpus.text, verbose=False)["input_ids"])
+    start = replace(corpus, text=corpus.text[:PROBE_CHARACTERS])  # tokenizing all of it would take memory and seconds
+    held = len(tokenizer(start.text, verbose=False)["input_ids"])
     length = max(2, min(PROBE_TOKENS, recipe.calibration.tokens, held))
-    windows = cut_windows(corpus, tokenizer, tokens=length, count=1)
+    windows = cut_windows(start, tokenizer, tokens=length, count=1)
     return windows.ids[0], windows.protocol()

@@ -40,12 +40,27 @@ def add_gram(gram: Tensor, rows: Tensor) -> None:
     Raises ``NumericsError`` with the count when rows are not finite.
     """
     _check_rows(rows)
-    values = rows.to(gram.dtype)
     columns = gram.shape[0]
     width = max(1, -(-columns // _PANELS))
     for start in range(0, columns, width):
-        panel = values[:, start : start + width]
-        gram[start:, start : start + width].addmm_(values[:, start:].T, panel)
+        add_product(gram[start:, start : start + width], rows[:, start:], rows[:, start : start + width])
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left^T right`` ``(M, N)`` float32, for ``(T, M)`` and ``(T, N)``, in place.
+
+    Two bfloat16 operands on a processor with bfloat16 products are multiplied as they are, more than twice as fast:
+    summed in float32 over T, rounded once to bfloat16 (relative error 2**-9 per entry of this call, far below what the
+    next few thousand tokens change), then added in float32. Everything else is multiplied in float32.
+    """
+    if left.dtype == right.dtype == torch.bfloat16 and _has_fast_bfloat16(left.device):
+        total.add_(left.T @ right)
+    else:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+
+
+def _has_fast_bfloat16(device: torch.device) -> bool:
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def mirror_gram(gram: Tensor) -> Tensor:
@@ -69,7 +84,7 @@ def add_drift(total: Tensor, rows: Tensor, now: Tensor, dense: Tensor) -> None:
     """
     for values in (rows, now, dense):
         _check_rows(values)
-    total.addmm_((dense.float() - now.float()).T, rows.float())
+    add_product(total, dense - now, rows)
 
 
 def find_dead_columns(gram: Tensor) -> Tensor:

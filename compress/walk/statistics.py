@@ -19,8 +19,8 @@ class TokenWeights:
 
     ``residual``: ``w_t = 1 / mean(h_t^2)`` of the block's input hidden state ``h_t``, scaled to mean 1 over the tokens
     of ``windows``: an error counts relative to the residual stream that it is added to, so that the few tokens of huge
-    norm (attention sinks) do not rule the Gram matrix. They hold for layers that write to that stream; the inputs of all
-    others come out of a norm, and count alike.
+    norm (attention sinks) do not rule the Gram matrix. They hold for layers that write to that stream; the inputs of
+    all others come out of a norm, and count alike.
     """
 
     def __init__(self, inputs: Hidden, windows: Sequence[int]) -> None:
@@ -58,15 +58,15 @@ class Accumulator:
     def add(self, rows: Rows) -> None:
         """Add one window: ``gram += sum w x x^T``; with a pair ``cross`` and ``residual`` too."""
         root = self._root_weights(rows)
-        x = rows.x.float() if root is None else rows.x.float() * root
+        x = _scale_rows(rows.x, root)
         self._tokens += x.shape[0]
         add_gram(self._gram, x)
         if self._cross is None or rows.dense is None:
             return
-        add_cross(self._cross, x, rows.dense.float() if root is None else rows.dense.float() * root)
+        add_cross(self._cross, x, _scale_rows(rows.dense, root))
         self._cross_tokens += x.shape[0]
         if rows.streams is not None:
-            now, dense = (one.float() if root is None else one.float() * root for one in rows.streams)
+            now, dense = (_scale_rows(one, root) for one in rows.streams)
             if self._residual is None:
                 self._residual = torch.zeros(now.shape[1], x.shape[1], device=x.device)
             add_drift(self._residual, x, now, dense)
@@ -85,6 +85,11 @@ class Accumulator:
         weight = self._weights.read(rows.window).to(rows.x.device)
         weight = weight if rows.positions is None else weight[rows.positions]
         return weight.sqrt()[:, None]
+
+
+def _scale_rows(rows: Tensor, root: Tensor | None) -> Tensor:
+    """Each row times its factor ``(T, 1)``, in the rows' dtype."""
+    return rows if root is None else (rows * root).to(rows.dtype)
 
 
 def accumulate(group: InputGroup, *, cross: bool = False, weights: TokenWeights | None = None) -> Statistic:

@@ -25,7 +25,10 @@ def test_add_gram_equals_the_sum_of_outer_products(features: int, dtype: torch.d
     wanted = torch.zeros(features, features, dtype=torch.float64)
     for row in rows.double():
         wanted += torch.outer(row, row)
-    torch.testing.assert_close(grams.mirror_gram(total).double(), wanted, rtol=1e-5, atol=1e-4 * float(wanted.max()))
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8  # bfloat16 products are rounded once per call
+    torch.testing.assert_close(
+        grams.mirror_gram(total).double(), wanted, rtol=rounding, atol=10 * rounding * float(wanted.abs().max())
+    )
     assert torch.equal(total, total.T)
 
 
