@@ -6,9 +6,10 @@ OUT ?= out/demo
 JOBS ?= 2
 
 # The pictures of the world that a run may not depend on: no model or data is fetched while tests run.
+# One thread per test process: tiny products on several threads spend their time waiting for each other.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo test lint types bench bench-peers format clean help
+.PHONY: demo test lint types bench bench-peers bench-quality format clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -35,7 +36,7 @@ demo: $(VENV)/.installed-demo  ## quantize SmolLM2-135M to 4 bit with GPTQ into 
 	$(BIN)/compress --recipe gptq4 --model demo --output $(OUT)
 
 test: $(VENV)/.installed-test  ## the test suite, offline
-	$(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(JOBS) $(PYTEST)
 
 lint: $(VENV)/.installed-test  ## ruff, rules and layout
 	$(BIN)/ruff check .
@@ -53,6 +54,9 @@ bench: $(VENV)/.installed  ## peak memory on synthetic models of 1 GB and 4 GB, 
 
 bench-peers: $(VENV)/.installed-demo  ## time beside GPTQModel; PEER is the Python of a venv that has it
 	$(BIN)/python benchmarks/peers.py --peer-python $(PEER)
+
+bench-quality: $(VENV)/.installed-demo  ## perplexity of the shipped recipes; CORPUS is a folder with WikiText-2
+	$(BIN)/python benchmarks/quality.py --corpus $(CORPUS)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache

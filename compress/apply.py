@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from compress.numerics import errors
+from compress.plan_memory import CHUNK
 from compress.plan_select import PlannedLayer, load_method
 from compress.types import LayerReport, LayerSpec, LayerState, Statistic
-
-CHUNK = 2**22  # weights that are compressed at a time
 
 
 @dataclass(frozen=True)

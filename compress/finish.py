@@ -79,7 +79,14 @@ def finish_folder(
     with job.progress.stage("Reloading in a fresh process", 1):
         staged = writer.stage(write_config(job), list_companions(source, trust_remote_code))
         dtype = str(job.plan.dtype).removeprefix("torch.")
-        verification = verify(staged, job.texts.probe[None], logits, dtype=dtype, trust_remote_code=trust_remote_code)
+        verification = verify(
+            staged,
+            job.texts.probe[None],
+            logits,
+            dtype=dtype,
+            device=job.plan.device,
+            trust_remote_code=trust_remote_code,
+        )
     evaluation, resident = measure(job, staged, source, trust_remote_code)
     layers = [entry for unit in writer.units for entry in writer.sidecar(unit)["layers"]]
     report = build_report(

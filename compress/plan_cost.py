@@ -106,7 +106,9 @@ def estimate_seconds(
     rate = forward_rate if skeleton.dtype == torch.float32 else plan_time.measure_rate(torch.float32, device)
     routed = find_routed_share(skeleton)
     seconds = {"forward": 0.0, "statistics": 0.0, "methods": 0.0, "evaluation": 0.0}
-    tokens = work.windows * (recipe.calibration.tokens if work.gram else PROBE_TOKENS)
+    window = recipe.calibration.tokens if work.gram else PROBE_TOKENS
+    tokens = work.windows * window
+    width = int(skeleton.config.get_text_config(decoder=True).hidden_size)
     cross_tokens = tokens * work.dense_windows // work.windows
     active = float(sum(row.numel for row in skeleton.coverage(()) if row.reason == "output head"))
     for index, unit in enumerate(units[:-1]):
@@ -115,7 +117,9 @@ def estimate_seconds(
         active += used
         widths = [columns for columns, _ in group_layers(specs)]
         again = 1.0 if work.grams_at_once else 0.0 if work.suspend else len({*widths}) / 2
-        seconds["forward"] += (1 + again) * plan_time.forward_flops(used, tokens + cross_tokens) / forward_rate
+        seconds["forward"] += (
+            (1 + again) * plan_time.forward_flops(used, tokens + cross_tokens, window, width) / forward_rate
+        )
         seconds["methods"] += plan_time.search_seconds(sum(spec.numel for spec in specs))
         if not work.gram or not specs:
             continue
@@ -124,7 +128,10 @@ def estimate_seconds(
         seconds["methods"] += plan_time.solve_flops(specs, widths, turns) / (rate * plan_time.SWEEP_EFFICIENCY)
     if recipe.eval is not None:  # the dense model and the compressed one
         measured = recipe.eval.windows * recipe.eval.tokens
-        seconds["evaluation"] = 2 * plan_time.forward_flops(active, measured) / forward_rate
+        attended = len(skeleton.blocks) * width
+        seconds["evaluation"] = (
+            2 * plan_time.forward_flops(active, measured, recipe.eval.tokens, attended) / forward_rate
+        )
     read, written = sum(unit.bytes_before for unit in units), sum(unit.bytes_after for unit in units)
     seconds["disk"] = plan_time.disk_seconds(read, written + spill_bytes(work) * len(skeleton.blocks))
     return seconds

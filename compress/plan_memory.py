@@ -15,6 +15,8 @@ import psutil
 from compress.types import LayerSpec
 
 FLOAT = 4  # bytes of a float32
+HALF = 2  # bytes of a weight in the model's dtype, where that is bfloat16 or float16
+CHUNK = 2**22  # weights that are compressed at a time (apply.py)
 COPIES_FREE = 5.0  # float32 copies of a layer's weight that a method without data holds: old, new, search, error
 COPIES_CALIBRATED = 7.0  # with the OBS loop: stacked weights, targets, codes, and the new weights being judged
 GRAM_COPIES = 5.0  # (I, I) float32 at the factorization: damped, reversed, factor, identity, inverse
@@ -135,8 +137,10 @@ def block_terms(work: Workload, block: BlockShape) -> dict[str, int]:
 
 
 def copies_bytes(work: Workload, columns: int, rows: int) -> int:
-    """Float32 copies of a stack of layers while its method works."""
-    return int((COPIES_CALIBRATED if work.gram else COPIES_FREE) * rows * columns * FLOAT)
+    """Float32 copies of the rows that a method works on; of all rows the new weights and codes, and a stacked copy."""
+    at_once = min(rows * columns, max(CHUNK, columns))
+    copies = int((COPIES_CALIBRATED if work.gram else COPIES_FREE) * at_once * FLOAT)
+    return copies + rows * columns * (2 * HALF + 1)
 
 
 def gram_bytes(work: Workload, columns: int) -> int:

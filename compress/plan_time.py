@@ -10,7 +10,8 @@ import torch
 from compress.types import LayerSpec
 
 SEARCH_RATE = 4e7  # weights per second and core through a clip search, measured on two laptop cores
-SWEEP_EFFICIENCY = 0.35  # of the GEMM rate, for column loops and triangular matrices
+SWEEP_EFFICIENCY = 0.12  # of the GEMM rate, for column loops and triangular matrices; measured on SmolLM2-135M
+ATTENTION_COST = 4.0  # how much slower than products attention and what stands around it run; measured there too
 DISK_RATE = 3e8  # bytes per second read and written
 
 
@@ -30,9 +31,12 @@ def measure_rate(dtype: torch.dtype, device: str = "cpu", budget: float = 0.12) 
             return best
 
 
-def forward_flops(parameters: float, tokens: int) -> float:
-    """Two operations per parameter and token; attention's own products are small beside them."""
-    return 2.0 * parameters * tokens
+def forward_flops(parameters: float, tokens: int, window: int = 0, width: int = 0) -> float:
+    """Two operations per parameter and token; and causal attention over ``window`` tokens of ``width`` features.
+
+    Attention's ``2 window width`` per token are counted ``ATTENTION_COST`` times.
+    """
+    return tokens * (2.0 * parameters + ATTENTION_COST * 2.0 * window * width)
 
 
 def statistic_flops(specs: Sequence[LayerSpec], tokens: int, cross_tokens: int, routed: float) -> float:

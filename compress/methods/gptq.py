@@ -85,7 +85,8 @@ def needs(config: Config) -> frozenset[str]:
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
     """Quantize ``state.weight`` ``(O, I)`` under ``statistic``; rows are independent of each other.
 
-    Notes: ``damping`` used, ``damping_escalations``, ``dead_columns``, or ``fallback`` where no token was seen.
+    Notes: ``damping`` used, ``damping_escalations``, ``dead_columns``, ``targets`` as far as the statistic knew them, or
+    ``fallback`` where no token was seen.
     Raises ``NumericsError`` when no damping makes the Gram matrix definite.
     """
     if statistic is None or statistic.tokens == 0:
@@ -108,6 +109,7 @@ def compress(state: LayerState, statistic: Statistic | None, config: Config, sca
         "damping": problem.factor.damping,
         "damping_escalations": problem.factor.escalations,
         "dead_columns": problem.dead,
+        "targets": _name_targets(statistic, config),
     }
     return _finish(state, codes, scale, zero, problem.group_size, config).with_notes(**notes)
 
@@ -176,6 +178,14 @@ def _correct(weight: Tensor, statistic: Statistic, config: Config) -> Tensor:
         statistic.cache[key] = grams.factor_gram(statistic.gram, damping)
     factor = statistic.cache[key]
     return grams.correct_targets(weight, factor, cross, residual, config.shrinkage * statistic.tokens / tokens)
+
+
+def _name_targets(statistic: Statistic, config: Config) -> str:
+    """What the targets were really taken from: a layer that writes to no residual stream knows only its input."""
+    wanted = needs(config)
+    if "residual" in wanted and statistic.residual is not None:
+        return "stream"
+    return "dense" if "cross" in wanted and statistic.cross is not None else "layer"
 
 
 class _Rounding:
