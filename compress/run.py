@@ -9,7 +9,6 @@ goes on where it was. The judge (errors per layer, the check after writing, perp
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from compress import finish
 from compress.block import BlockTask, Needs, Streams, compress_block
 from compress.errors import UserError
+from compress.memory import release_memory
 from compress.plan import Plan, as_recipe, make_plan
 from compress.plan_inputs import default_output, pick_dtype
 from compress.prepare import Texts, load_tokenizer, make_texts
@@ -142,7 +142,7 @@ def compress_units(job: Job, writer: Writer) -> Tensor:
             writer.write(blocks[i], assemble_unit(state, result.encoded), {"layers": reports})
             Streams.delete(spill, i)
             del result, state  # before the next block is read
-            gc.collect()
+            release_memory()
             bar.advance()
     if not all(writer.has(name) for name in writer.units):
         for name, tensor in job.skeleton.outside_tensors():

@@ -85,8 +85,8 @@ def needs(config: Config) -> frozenset[str]:
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
     """Quantize ``state.weight`` ``(O, I)`` under ``statistic``; rows are independent of each other.
 
-    Notes: ``damping`` used, ``damping_escalations``, ``dead_columns``, ``targets`` as far as the statistic knew them, or
-    ``fallback`` where no token was seen.
+    Notes: ``damping`` used, ``damping_escalations``, ``dead_columns``, ``targets`` as far as the statistic knew them,
+    or ``fallback`` where no token was seen.
     Raises ``NumericsError`` when no damping makes the Gram matrix definite.
     """
     if statistic is None or statistic.tokens == 0:
