@@ -88,6 +88,7 @@ def run(
     if word is None:
         raise UserError("no model: give --model, or model: in the recipe (a hub id, a folder, a GGUF file, or demo)")
     source = resolve(str(word), trust_remote_code=trust_remote_code)
+    release_memory()  # a GGUF file may just have been converted
     return compress_folder(recipe, source, output, device, max_memory, fresh, trust_remote_code, progress)
 
 
