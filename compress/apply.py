@@ -55,7 +55,10 @@ def compress_layers(
         members = [layers[i] for i in stack]
         tall = weights[stack[0]] if len(stack) == 1 else torch.cat([weights[i] for i in stack])
         height = len(tall) if not _is_rowwise(members[0]) else max(1, CHUNK // tall.shape[1])
-        pieces = [_compress_piece(rows, members[0], statistic, probe, scale_dtype) for rows in tall.split(height)]
+        pieces = [
+            _compress_piece(tall[i : i + height], members[0], _cut(statistic, i, height), probe, scale_dtype)
+            for i in range(0, len(tall), height)
+        ]
         state, energies = _join([piece.state for piece in pieces]), torch.cat([p.energies for p in pieces], dim=1)
         seconds = time.monotonic() - started
         start = 0
@@ -65,6 +68,13 @@ def compress_layers(
             part = _take(state, rows)
             share = seconds * layer.spec.shape[0] / len(tall)
             yield Outcome(layer.spec, part, _report(layer, part, energies[:, rows], statistic, probe, share))
+
+
+def _cut(statistic: Statistic | None, start: int, count: int) -> Statistic | None:
+    """The statistic for some rows of the layer: ``residual`` has a row per output; the rest, and its cache, is shared."""
+    if statistic is None or statistic.residual is None:
+        return statistic
+    return replace(statistic, residual=statistic.residual[start : start + count])
 
 
 def _stack_layers(layers: Sequence[PlannedLayer]) -> list[list[int]]:
