@@ -71,7 +71,7 @@ def compress_layers(
 
 
 def _cut(statistic: Statistic | None, start: int, count: int) -> Statistic | None:
-    """The statistic for some rows of a layer: ``residual`` has a row per output; the rest, with its cache, is shared."""
+    """The statistic for some rows: ``residual`` has a row per output; the rest, with its cache, is shared."""
     if statistic is None or statistic.residual is None:
         return statistic
     return replace(statistic, residual=statistic.residual[start : start + count])
