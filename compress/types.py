@@ -19,15 +19,18 @@ class LayerSpec:
     """One linear layer of a block as the methods see it: a matrix ``(O, I)``, wherever it really lives.
 
     ``kind`` tells how the parameter is stored: ``linear`` ``(O, I)``; ``conv1d`` ``(I, O)``, transposed (GPT-2);
-    ``expert`` slice ``index`` of a fused 3-D tensor ``(E, O, I)``.
+    ``expert`` slice ``index`` of a fused 3-D tensor ``(E, O, I)``. Outside the blocks, ``(vocabulary, D)`` both:
+    ``embedding``, what tokens become, and with ``tied`` what logits are made with too; ``head``, an output head of its
+    own.
     """
 
     name: str  # full name in the model, e.g. "model.layers.0.self_attn.q_proj"
     shape: tuple[int, int]  # (O, I)
     dtype: torch.dtype
-    kind: Literal["linear", "conv1d", "expert"] = "linear"
+    kind: Literal["linear", "conv1d", "expert", "embedding", "head"] = "linear"
     parameter: str = ""  # full name of the parameter that holds it, e.g. "model.layers.0.mlp.experts.down_proj"
     index: int | None = None  # which expert, for kind "expert"
+    tied: tuple[str, ...] = ()  # further parameters that are the same matrix, e.g. ("lm_head.weight",)
 
     @property
     def numel(self) -> int:

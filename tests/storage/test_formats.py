@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def headers_of(tensors: dict[str, Tensor]) -> dict[str, TensorHeader]:
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.NAME)
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "expert"])
+@pytest.mark.parametrize("kind", native.KINDS)
 @pytest.mark.parametrize("quant", [
     *(QuantSpec(bits, size, symmetric) for bits in range(1, 9) for size in (-1, 16, 12) for symmetric in (True, False)),
     *(QuantSpec(bits, 32, False, True) for bits in (1, 3, 8)),
@@ -65,7 +66,7 @@ def test_the_carried_kinds_and_widths_are_these() -> None:
         return [b for b in range(1, 10) if form.carries(spec, QuantSpec(b, size, False, float_zero), "llama") is None]
 
     every = list(range(1, 9))
-    for kind in ("linear", "conv1d", "expert"):
+    for kind in native.KINDS:
         assert widths(native, kind, 12) == widths(native, kind, -1) == widths(native, kind, 16, True) == every
         assert widths(compressed_tensors, kind, 12) == (every if kind == "linear" else [])
         assert widths(gptq, kind, 16) == widths(gptq, kind, -1) == ([2, 3, 4, 8] if kind == "linear" else [])
@@ -120,6 +121,38 @@ def test_gptq_layout_is_that_of_autogptq(bits: int, symmetric: bool) -> None:
     assert tensors[f"{spec.name}.g_idx"].tolist() == [0] * 32 + [1] * 32
     config = gptq.quantization_config([(spec, quant)], [])
     assert config is not None and config["checkpoint_format"] == ("gptq" if symmetric else "gptq_v2")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("quant", [QuantSpec(0, 16, False), QuantSpec(0, 12, True), QuantSpec(0, -1, False, True)])
+def test_rows_of_native_tensors_are_what_the_rows_alone_encode_to(bits: int, quant: QuantSpec) -> None:
+    """And pieces end to end are the whole: large matrices are written and read a few rows at a time."""
+    quant = replace(quant, bits=bits)
+    spec = make_spec((37, 48), "embedding")
+    state = random_state(spec, quant, spec.dtype)
+    whole = native.encode(spec, state, spec.dtype)
+    config = native.quantization_config([(spec, quant)], []) or {}
+    cuts = [slice(0, 16), slice(16, 24), slice(24, 40)]
+    pieces = [native.take_rows(spec, quant, whole, cut) for cut in cuts]
+    for cut, piece in zip(cuts, pieces, strict=True):
+        rows = state.weight[cut]
+        got = native.decode(replace(spec, shape=(len(rows), 48)), piece, config)
+        assert torch.equal(got, rows)
+    for name, tensor in whole.items():
+        assert torch.equal(torch.cat([piece[name] for piece in pieces]), tensor)
+    with pytest.raises(AssertionError, match="multiple of 8"):
+        native.take_rows(spec, quant, whole, slice(4, 8))
+
+
+def test_a_tied_matrix_is_listed_once_with_both_its_names() -> None:
+    quant = QuantSpec(8, 32, False)
+    spec = LayerSpec("embed", (40, 64), torch.bfloat16, "embedding", "embed.weight", tied=("lm_head.weight",))
+    tensors = native.encode(spec, random_state(spec, quant, spec.dtype), spec.dtype)
+    config = native.quantization_config([(spec, quant)], [])
+    assert config is not None and config["layers"]["embed"]["tied"] == ["lm_head.weight"]
+    assert native.list_layers(headers_of(tensors), config) == [(spec, tuple(tensors))]
+    assert "format native carries it" in str(gptq.carries(spec, quant, "llama"))
+    assert "the embedding" in str(compressed_tensors.carries(spec, quant, "llama"))
 
 
 def test_gptq_reads_act_order_of_others() -> None:

@@ -113,6 +113,12 @@ def encode_unit(
     return assemble_unit(tensors, [(spec, form) for spec, form in forms if form is not None])
 
 
+def refuse_head(spec: LayerSpec, name: str) -> str | None:
+    """Why a stock format does not carry the embedding or the output head, where ``spec`` is one of them."""
+    what = {"embedding": "the embedding", "head": "the output head"}.get(spec.kind)
+    return what and f"{name} leaves {what} as it is; format native carries it"
+
+
 def refuse_indivisible(spec: LayerSpec, quant: QuantSpec) -> str | None:
     """Why groups do not fit the row, if they don't."""
     if spec.shape[1] % quant.inputs_per_group(spec):

@@ -25,6 +25,7 @@ from compress.storage.formats.base import (
     dequantize,
     describe,
     read_setting,
+    refuse_head,
     refuse_indivisible,
     store_exactly,
     take,
@@ -45,6 +46,8 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
     """Affine grids with integer zeros on ``nn.Linear``."""
     if quant is None:
         return None
+    if spec.kind in ("embedding", "head"):
+        return refuse_head(spec, NAME)
     if spec.kind != "linear":
         what = "Conv1D layers" if spec.kind == "conv1d" else "experts fused in one 3-D parameter"
         return f"compressed-tensors quantizes nn.Linear only, not {what}; format native carries them"

@@ -29,6 +29,7 @@ from compress.storage.formats.base import (
     dequantize,
     describe,
     read_setting,
+    refuse_head,
     refuse_indivisible,
     store_exactly,
     take,
@@ -53,6 +54,8 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
     """2, 3, 4 and 8 bits with integer zeros; sizes that are multiples of 32."""
     if quant is None:
         return None
+    if spec.kind in ("embedding", "head"):
+        return refuse_head(spec, NAME)
     if spec.kind != "linear":
         what = "Conv1D layers (GPTQModel's kernels do not load in GPT-2)" if spec.kind == "conv1d" else "fused experts"
         return f"gptq carries nn.Linear only, not {what}; format native carries them"

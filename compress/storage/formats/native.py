@@ -1,4 +1,5 @@
-"""Our own format, for what stock formats can't carry: any width from 1 to 8, float zeros, Conv1D, single experts.
+"""Our own format, for what stock formats can't carry: any width from 1 to 8, float zeros, Conv1D, single experts, the
+embedding and the output head.
 
 Files are ``compress-0000i-of-0000n.safetensors`` with the index ``compress.safetensors.index.json``, so that a stock
 ``from_pretrained`` stops with "no file named model.safetensors" rather than start at random; use ``compress.load``.
@@ -12,7 +13,9 @@ Tensors of one layer, ``<stem>`` being its name, or ``<parameter>.<index>`` for 
 |                 | or float ``(O, G)``             | float zeros, in the dtype of the scale                         |
 
 ``weight[o, i] = scale[o, g] * (code[o, i] - zero[o, g])``, ``(O, I)`` for Conv1D too; symmetric means
-``zero = 2**(bits - 1)``. ``config.json`` lists every layer under ``quantization_config.layers``.
+``zero = 2**(bits - 1)``. ``config.json`` lists every layer under ``quantization_config.layers``. Of kind ``embedding``
+and ``head`` is the matrix of the token embedding and of the output head; where they are one, it is stored once, as the
+embedding, and ``tied`` names the other parameters. Rows are independent: eight rows begin at a whole byte.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ NAME = "native"
 PREFIX = "compress"
 LOADS_WITH: tuple[str, ...] = ("compress",)
 VERSION = 1
+KINDS = ("linear", "conv1d", "expert", "embedding", "head")
+ROWS = 8  # so many rows of packed codes take whole bytes, whatever their width
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -102,6 +107,23 @@ def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, 
     return dequantize(codes, scale, zero, quant.inputs_per_group(spec))
 
 
+def take_rows(spec: LayerSpec, quant: QuantSpec, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """The tensors of some rows of a layer, as ``encode`` would have made them; ``rows`` starts at a multiple of 8.
+
+    Encoded pieces of that many rows laid end to end are in turn the tensors of the whole layer.
+    """
+    assert rows.start % ROWS == 0, f"rows start at {rows.start}, wanted a multiple of {ROWS}"
+    stem, groups = _stem(spec), quant.groups(spec)
+    zeros = f"{stem}.zero"
+    found = {
+        f"{stem}.codes": tensors[f"{stem}.codes"][_byte_range(rows, spec.shape[1], quant.bits)],
+        f"{stem}.scale": tensors[f"{stem}.scale"][rows],
+    }
+    if zeros in tensors:
+        found[zeros] = tensors[zeros][rows if quant.float_zero else _byte_range(rows, groups, quant.bits)]
+    return found
+
+
 def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
     """Bytes of the tensors of one layer."""
     size = spec.dtype.itemsize
@@ -129,6 +151,8 @@ def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[
             entry["float_zero"] = True
         if spec.index is not None:
             entry["index"] = spec.index
+        if spec.tied:
+            entry["tied"] = list(spec.tied)
         table[spec.name] = entry
     return {"quant_method": "compress", "version": VERSION, "layers": table}
 
@@ -167,6 +191,11 @@ def unpack_bytes(stream: Tensor, bits: int, count: int) -> Tensor:
     return unpack_codes(padded.view(torch.int32), bits, count)
 
 
+def _byte_range(rows: slice, columns: int, bits: int) -> slice:
+    """Where rows of packed codes are; past the end is the end."""
+    return slice(count_bytes(rows.start * columns, bits), count_bytes(rows.stop * columns, bits))
+
+
 def _stem(spec: LayerSpec) -> str:
     return f"{spec.parameter}.{spec.index}" if spec.kind == "expert" else spec.name
 
@@ -180,9 +209,11 @@ def _read_spec(name: str, entry: Any) -> LayerSpec:
     index = read_setting(entry, "index", int, where) if kind == "expert" else None
     dtype = DTYPES.get(read_setting(entry, "dtype", str, where))
     whole = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-    if not whole or dtype is None or kind not in ("linear", "conv1d", "expert"):
+    if not whole or dtype is None or kind not in KINDS:
         raise UserError(f"{where}: shape {shape}, dtype {entry['dtype']!r}, kind {kind!r} describe no layer")
-    return LayerSpec(name, (shape[0], shape[1]), dtype, kind, read_setting(entry, "parameter", str, where), index)
+    tied = read_setting(entry, "tied", list, where) if "tied" in entry else []
+    parameter = read_setting(entry, "parameter", str, where)
+    return LayerSpec(name, (shape[0], shape[1]), dtype, kind, parameter, index, tuple(map(str, tied)))
 
 
 def _read_quant(spec: LayerSpec, config: Mapping[str, Any]) -> QuantSpec:
