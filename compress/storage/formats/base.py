@@ -2,7 +2,8 @@
 
 A format file has: ``NAME``; ``PREFIX`` of its shard names; ``LOADS_WITH``, the packages that a stock load needs beside
 Transformers; ``scale_dtype``; ``carries`` (one layer) and ``conflict`` (the model as a whole), None or the reason why
-not; ``encode`` and ``decode``, an exact round trip; ``nbytes``; ``quantization_config``; ``list_layers``.
+not; ``encode`` and ``decode``, an exact round trip; ``nbytes``; ``quantization_config``; ``list_layers``. A format of
+integer codes also has ``unpack``: the codes, scales and zeros as the file holds them, which kernels multiply with.
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ class QuantSpec:
     def groups(self, spec: LayerSpec) -> int:
         """Groups per row of ``spec``."""
         return -(-spec.shape[1] // self.inputs_per_group(spec))
+
+
+@dataclass(frozen=True)
+class CodedWeight:
+    """What a file holds of one layer, unpacked: ``weight[o, i] = scale[o, g] * (codes[o, i] - zero[o, g])``.
+
+    ``g = i // group_size``, or ``groups[i]`` where inputs are not in the order of their groups (act-order).
+    """
+
+    codes: Tensor  # (O, I) uint8
+    scale: Tensor  # (O, G) in the dtype of the file
+    zero: Tensor | None  # (O, G) uint8 or floating; None for 2**(bits - 1) everywhere
+    bits: int
+    group_size: int  # inputs per group, I for one group per row
+    groups: Tensor | None = None  # (I,) int64
+
+    def dequantize(self) -> Tensor:
+        """``(O, I)`` float32."""
+        zero = torch.full(self.scale.shape, float(2 ** (self.bits - 1))) if self.zero is None else self.zero
+        if self.groups is None:
+            return dequantize(self.codes, self.scale, zero, self.group_size)
+        return (self.codes.float() - zero.float()[:, self.groups]) * self.scale.float()[:, self.groups]
 
 
 Layers = Sequence[tuple[LayerSpec, QuantSpec]]

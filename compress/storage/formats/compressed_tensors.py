@@ -20,9 +20,9 @@ from compress.errors import UserError
 from compress.numerics.packing import pack_codes, packed_length, unpack_codes
 from compress.storage.files import TensorHeader
 from compress.storage.formats.base import (
+    CodedWeight,
     Layers,
     QuantSpec,
-    dequantize,
     describe,
     read_setting,
     refuse_head,
@@ -95,6 +95,11 @@ def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict
 
 def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """``(O, I)`` float32. Raises UserError where configuration and tensors contradict each other."""
+    return unpack(spec, tensors, config).dequantize()
+
+
+def unpack(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedWeight:
+    """Codes, scales and zeros. Same errors as ``decode``."""
     quant = _find_scheme(spec, config)
     rows, columns = spec.shape
     groups = quant.groups(spec)
@@ -104,13 +109,12 @@ def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, 
     words = take(spec, tensors, f"{spec.name}.weight_packed", torch.int32, (rows, packed_length(columns, quant.bits)))
     codes = unpack_codes(words, quant.bits, columns)
     scale = take(spec, tensors, f"{spec.name}.weight_scale", None, (rows, groups))
-    if quant.symmetric:
-        zero = torch.full((rows, groups), float(2 ** (quant.bits - 1)))
-    else:
+    zero = None
+    if not quant.symmetric:
         packed = (packed_length(rows, quant.bits), groups)
         words = take(spec, tensors, f"{spec.name}.weight_zero_point", torch.int32, packed)
         zero = unpack_codes(words, quant.bits, rows, dim=0)
-    return dequantize(codes, scale, zero, quant.inputs_per_group(spec))
+    return CodedWeight(codes, scale, zero, quant.bits, quant.inputs_per_group(spec))
 
 
 def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:

@@ -24,9 +24,9 @@ from compress.errors import UserError
 from compress.numerics.packing import pack_codes, packed_length, unpack_codes
 from compress.storage.files import TensorHeader
 from compress.storage.formats.base import (
+    CodedWeight,
     Layers,
     QuantSpec,
-    dequantize,
     describe,
     read_setting,
     refuse_head,
@@ -103,21 +103,23 @@ def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict
 
 def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """``(O, I)`` float32. Raises UserError where configuration and tensors contradict each other."""
+    return unpack(spec, tensors, config).dequantize()
+
+
+def unpack(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedWeight:
+    """Codes, scales and zeros; inputs stay where they are, with act-order too. Same errors as ``decode``."""
     quant, stored_minus_one = _read_scheme(config)
     rows, columns = spec.shape
     group_size = quant.inputs_per_group(spec)
     groups = quant.groups(spec)
     words = take(spec, tensors, f"{spec.name}.qweight", torch.int32, (packed_length(columns, quant.bits), rows))
-    codes = unpack_codes(words, quant.bits, columns, dim=0).t()
+    codes = unpack_codes(words, quant.bits, columns, dim=0).t().contiguous()
     words = take(spec, tensors, f"{spec.name}.qzeros", torch.int32, (groups, packed_length(rows, quant.bits)))
     zero = unpack_codes(words, quant.bits, rows).t() + stored_minus_one
     scale = take(spec, tensors, f"{spec.name}.scales", None, (groups, rows)).t()
-    order = take(spec, tensors, f"{spec.name}.g_idx", torch.int32, (columns,)).long()
-    if bool((order < 0).any()) or bool((order >= groups).any()):
-        raise UserError(f"{spec.name}.g_idx: group numbers outside 0 to {groups - 1}")
-    if torch.equal(order, torch.arange(columns) // group_size):
-        return dequantize(codes, scale, zero, group_size)
-    return (codes.float() - zero.float()[:, order]) * scale.float()[:, order]  # act-order, as others write it
+    found = _read_groups(spec, tensors, groups, group_size)
+    symmetric = bool((zero == 2 ** (quant.bits - 1)).all())
+    return CodedWeight(codes, scale, None if symmetric else zero, quant.bits, group_size, found)
 
 
 def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
@@ -185,6 +187,17 @@ def _read_scheme(config: Mapping[str, Any]) -> tuple[QuantSpec, int]:
     if bits not in BITS or (size < 1 and size != -1) or variant not in ("gptq", "gptq_v2"):
         raise UserError(f"{where}: bits {bits}, group_size {size}, checkpoint_format {variant!r} is no gptq we know")
     return QuantSpec(bits, size, read_setting(config, "sym", bool, where)), int(variant == "gptq")
+
+
+def _read_groups(spec: LayerSpec, tensors: Mapping[str, Tensor], groups: int, group_size: int) -> Tensor | None:
+    """The group of each input as other people's act-order has it; None for ``i // group_size`` or without ``g_idx``."""
+    name = f"{spec.name}.g_idx"
+    if name not in tensors:
+        return None
+    found = take(spec, tensors, name, torch.int32, (spec.shape[1],)).long()
+    if bool((found < 0).any()) or bool((found >= groups).any()):
+        raise UserError(f"{name}: group numbers outside 0 to {groups - 1}")
+    return None if torch.equal(found, torch.arange(spec.shape[1]) // group_size) else found
 
 
 def _find_block(name: str) -> str | None:

@@ -30,9 +30,9 @@ from compress.errors import UserError
 from compress.numerics.packing import pack_codes, unpack_codes
 from compress.storage.files import DTYPE_NAMES, DTYPES, TensorHeader
 from compress.storage.formats.base import (
+    CodedWeight,
     Layers,
     QuantSpec,
-    dequantize,
     read_setting,
     refuse_indivisible,
     store_exactly,
@@ -90,6 +90,11 @@ def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict
 
 def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     """``(O, I)`` float32. Raises UserError where configuration and tensors contradict each other."""
+    return unpack(spec, tensors, config).dequantize()
+
+
+def unpack(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedWeight:
+    """Codes, scales and zeros. Same errors as ``decode``."""
     stem = _stem(spec)
     quant = _read_quant(spec, config)
     rows, columns = spec.shape
@@ -97,14 +102,13 @@ def decode(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, 
     stream = take(spec, tensors, f"{stem}.codes", torch.uint8, (count_bytes(spec.numel, quant.bits),))
     codes = unpack_bytes(stream, quant.bits, spec.numel).reshape(rows, columns)
     scale = take(spec, tensors, f"{stem}.scale", None, (rows, groups))
+    zero = None
     if quant.float_zero:
         zero = take(spec, tensors, f"{stem}.zero", None, (rows, groups))
-    elif quant.symmetric:
-        zero = torch.full((rows, groups), float(2 ** (quant.bits - 1)))
-    else:
+    elif not quant.symmetric:
         stream = take(spec, tensors, f"{stem}.zero", torch.uint8, (count_bytes(rows * groups, quant.bits),))
         zero = unpack_bytes(stream, quant.bits, rows * groups).reshape(rows, groups)
-    return dequantize(codes, scale, zero, quant.inputs_per_group(spec))
+    return CodedWeight(codes, scale, zero, quant.bits, quant.inputs_per_group(spec))
 
 
 def take_rows(spec: LayerSpec, quant: QuantSpec, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
