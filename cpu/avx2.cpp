@@ -14,8 +14,12 @@ const Kernels* avx2_kernels() {
 #ifdef COMPRESS_HAVE
   using namespace avx2;
   static const Kernels table = {
-      "avx2",     weight_few, weight_rows_bf16, weight_rows_f32, to_f32,        from_f32, group_sums, rms_norm, dot,
-      add_scaled, silu_times, quantize_row,     flag_outliers,   int8_dot,
+      "avx2",
+      weight_few, weight_rows_bf16, weight_rows_f32,
+      nullptr, nullptr, nullptr,
+      to_f32, from_f32, group_sums,
+      rms_norm, dot, add_scaled, silu_times,
+      quantize_row, flag_outliers, int8_dot,
   };
   return &table;
 #else

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "avx512_pairs.h"
 #include "avx512_weight.h"
 
 #include "avx512_int8.h"
@@ -14,8 +15,12 @@ const Kernels* avx512_kernels() {
 #ifdef COMPRESS_HAVE
   using namespace avx512;
   static const Kernels table = {
-      "avx512",     weight_few, weight_rows_bf16, weight_rows_f32, to_f32,        from_f32, group_sums, rms_norm, dot,
-      add_scaled, silu_times, quantize_row,     flag_outliers,   int8_dot,
+      "avx512",
+      weight_few, weight_rows_bf16, weight_rows_f32,
+      to_pairs, weight_few_pairs, weight_many_pairs,
+      to_f32, from_f32, group_sums,
+      rms_norm, dot, add_scaled, silu_times,
+      quantize_row, flag_outliers, int8_dot,
   };
   return &table;
 #else

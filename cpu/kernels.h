@@ -10,6 +10,9 @@ namespace compress {
 
 constexpr int64_t PANEL = 16;  // out features that lie side by side, one per 32-bit lane of a 512-bit register
 
+constexpr int64_t TILE = 12;  // tokens that the many-token kernel keeps in registers
+constexpr int64_t RUN_BLOCK = 2048;  // inputs of two panels that it keeps in the second-level cache
+
 enum class Type : int32_t { none = 0, f32 = 1, bf16 = 2, f16 = 3, u8 = 4 };
 
 // Weight-only quantized (O, I): w[o][i] = scale[o][g] * (code[o][i] - zero[o][g]), g = i / group.
@@ -67,6 +70,19 @@ struct Kernels {
   // The weight of panels first <= p < last as bf16 (round to nearest even) or float32, row-major (16 (last-first), I).
   void (*weight_rows_bf16)(const Weight&, uint16_t* out, int64_t first, int64_t last);
   void (*weight_rows_f32)(const Weight&, float* out, int64_t first, int64_t last);
+
+  // For bf16 inputs, where the instruction set multiplies pairs of them (else these three are null).
+  // to_pairs: x (T, I) bf16 -> pairs (I / 2, width): dword [16 r + j][t] holds inputs 32 r + j (low half) and 32 r + j +
+  // 16 (high half) of token t < tokens; zero for tokens <= t < width.
+  void (*to_pairs)(const uint16_t* x, int64_t tokens, int64_t columns, int64_t width, uint32_t* pairs);
+  // As weight_few, T <= 8, pairs of width T.
+  void (*weight_few_pairs)(const Weight&, const uint32_t* pairs, const float* sums, int64_t tokens, float* y,
+                           int64_t y_stride, int64_t first, int64_t last);
+  // Many tokens, one or two panels (last - first <= 2): weights are first rounded to bf16, as a dense model has them.
+  // pairs: ceil(T / TILE) blocks of width TILE, one after another. Adds the bias.
+  // scratch: RUN_BLOCK / 2 * 32 dwords, 64-byte aligned.
+  void (*weight_many_pairs)(const Weight&, const uint32_t* pairs, int64_t tokens, float* y, int64_t y_stride,
+                            int64_t first, int64_t last, uint32_t* scratch);
 
   // float32 <-> 16 bit.
   void (*to_f32)(const void* from, Type type, float* to, int64_t count);

@@ -8,8 +8,12 @@ namespace compress {
 const Kernels* portable_kernels() {
   using namespace portable;
   static const Kernels table = {
-      "portable",     weight_few, weight_rows_bf16, weight_rows_f32, to_f32,        from_f32, group_sums, rms_norm, dot,
-      add_scaled, silu_times, quantize_row,     flag_outliers,   int8_dot,
+      "portable",
+      weight_few, weight_rows_bf16, weight_rows_f32,
+      nullptr, nullptr, nullptr,
+      to_f32, from_f32, group_sums,
+      rms_norm, dot, add_scaled, silu_times,
+      quantize_row, flag_outliers, int8_dot,
   };
   return &table;
 }
