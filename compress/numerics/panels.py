@@ -1,10 +1,10 @@
-"""Panels: weight-only codes laid out for kernels that work on 16 rows at once, one per lane of a wide register.
+"""Weights as the kernels want them: panels of 16 out features side by side, one per 32-bit lane of a wide register.
 
-Rows are padded to whole panels of 16 (padding has scale 0, so it is worth 0). Along the inputs each row is packed as
-``packing.pack_codes`` has it; word ``k`` of the 16 rows of a panel then lie side by side:
-``codes[p, k, r]`` is word ``k`` of row ``16 p + r``, ``scale[p, g, r]`` the scale of its group ``g``.
-
-Letters: O out features, I in features, G groups per row, P panels.
+``codes`` int32 ``(P, I * bits / 32, 16)``: word ``k`` of panel ``p`` and lane ``r`` belongs to row ``16 p + r``. A run
+of 32 inputs takes ``bits`` words; their low halves hold the codes of its first 16 inputs, their high halves those of the
+other 16, each as one string of bits, lowest first. So inputs ``j`` and ``j + 16`` of a run lie in one lane at the same
+place: what a pair of 16-bit products wants. ``scale`` and ``zero`` ``(P, G, 16)``. Example, 4 bits, one row: the codes
+``0, 1, .. 15, 0, 1, .. 15`` of a run are the words 0x32103210, 0x76547654, 0xba98ba98, 0xfedcfedc.
 """
 
 from __future__ import annotations
@@ -13,40 +13,44 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compress.numerics.packing import pack_codes, unpack_codes
 
 LANES = 16  # rows of a panel
-RUN = 32  # inputs that fill whole words at any width
+RUN = 32  # inputs that are packed together
 BITS = (2, 3, 4, 8)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Panels:
-    """A layer ``w[o, i] = scale[o, g] (code[o, i] - zero[o, g])``, ``g = i // group_size``, in panels."""
+    """A quantized matrix ``(O, I)`` in kernel layout; ``w[o, i] = scale[o, g] * (code[o, i] - zero[o, g])``."""
 
-    codes: Tensor  # int32 (P, I bits / 32, 16)
-    scale: Tensor  # (P, G, 16) float32, bfloat16 or float16
-    zero: Tensor | None  # uint8 (P, G, 16), or of the scale's dtype; None: 2**(bits - 1) everywhere
+    codes: Tensor  # int32 (P, I * bits / 32, 16)
+    scale: Tensor  # (P, G, 16) float32, bfloat16 or float16; 0 for rows beyond O
+    zero: Tensor | None  # None: 2**(bits - 1); uint8 or the scale's dtype (P, G, 16)
     bits: int
     group_size: int
     shape: tuple[int, int]  # (O, I)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        zero = 0 if self.zero is None else self.zero.nbytes
+        return self.codes.nbytes + self.scale.nbytes + zero
+
 
 def why_not_panels(shape: tuple[int, int], bits: int, group_size: int) -> str | None:
-    """The reason why a layer ``(O, I)`` can't be laid out in panels; None if it can."""
-    rows, columns = shape
+    """Why a matrix ``(O, I)`` does not fit the layout; None if it does."""
     if bits not in BITS:
-        return f"bits must be one of {', '.join(map(str, BITS))}, got {bits}"
-    if rows < 1 or columns < 1:
-        return f"there are no weights in {rows} x {columns}"
-    if columns % RUN:
-        return f"{columns} input features are not a multiple of {RUN}"
-    if group_size < 1 or group_size % RUN:
-        return f"group_size {group_size} is not a multiple of {RUN}"
-    if columns % group_size:
-        return f"group_size {group_size} does not divide {columns} input features"
+        return f"the kernels take {', '.join(map(str, BITS))} bits, got {bits}"
+    if shape[0] < 1 or shape[1] < 1:
+        return f"there are no weights in {shape[0]} x {shape[1]}"
+    if shape[1] % RUN:
+        return f"the kernels take inputs in runs of {RUN}, and {shape[1]} is not a multiple of it"
+    if group_size % RUN or group_size <= 0 or shape[1] % group_size:
+        return f"the kernels take groups that are multiples of {RUN} and divide {shape[1]} inputs, got {group_size}"
     return None
 
 
@@ -54,40 +58,35 @@ def count_panels(rows: int) -> int:
     return -(-rows // LANES)
 
 
-def panel_shapes(shape: tuple[int, int], bits: int, group_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of ``codes`` and of ``scale`` (and ``zero``) of a layer ``(O, I)``."""
-    panels = count_panels(shape[0])
-    return (panels, shape[1] * bits // 32, LANES), (panels, shape[1] // group_size, LANES)
-
-
 def pack_panels(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Panels:
-    """Panels of a layer with codes ``(O, I)`` in ``0 .. 2**bits - 1``, scale and zero ``(O, G)``.
+    """Codes ``(O, I)`` ``0 .. 2**bits - 1``, scale and zero ``(O, G)`` -> panels. ValueError if they do not fit.
 
-    The scale keeps its dtype (float32, bfloat16 or float16). An integer zero, 0..255, is kept as uint8; a float one
-    must have the scale's dtype. Raises ValueError for what does not fit (see ``why_not_panels``).
+    ``zero``: None, integers 0..255 of any integer type (stored as uint8), or floats of the scale's dtype.
     """
     if codes.dim() != 2:
         raise ValueError(f"codes must be (O, I), got {tuple(codes.shape)}")
-    rows, columns = codes.shape
-    reason = why_not_panels((rows, columns), bits, group_size)
+    shape = (codes.shape[0], codes.shape[1])
+    reason = why_not_panels(shape, bits, group_size)
+    if reason is None and scale.dtype not in SCALE_DTYPES:
+        reason = f"scale must be float32, bfloat16 or float16, got {scale.dtype}"
+    if reason is None and tuple(scale.shape) != (shape[0], shape[1] // group_size):
+        reason = f"scale is {list(scale.shape)}, wanted {[shape[0], shape[1] // group_size]}"
+    if reason is None and zero is not None:
+        reason = _why_not_zero(zero, scale)
     if reason is not None:
-        raise ValueError(reason)
-    if scale.dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale must be float32, bfloat16 or float16, got {scale.dtype}")
-    for name, values in (("scale", scale), ("zero", zero)):
-        if values is not None and values.shape != (rows, columns // group_size):
-            raise ValueError(f"{name} must be {(rows, columns // group_size)}, got {tuple(values.shape)}")
+        raise ValueError(f"{shape[0]} x {shape[1]} codes of {bits} bits: {reason}")
+    words = _pair_halves(pack_codes(codes, bits), bits)
     if zero is not None:
-        zero = _lay_out(_store_zero(zero, scale.dtype))
-    return Panels(_lay_out(pack_codes(codes, bits)), _lay_out(scale), zero, bits, group_size, (rows, columns))
+        zero = stack_rows(zero.to(scale.dtype if zero.is_floating_point() else torch.uint8))
+    return Panels(stack_rows(words), stack_rows(scale), zero, bits, group_size, shape)
 
 
 def unpack_panels(panels: Panels) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes ``(O, I)`` uint8, scale and zero ``(O, G)``: exactly what ``pack_panels`` was given (zero: as stored)."""
+    """Undoes ``pack_panels``: codes ``(O, I)`` uint8, scale and zero ``(O, G)``."""
     rows, columns = panels.shape
-    codes = unpack_codes(_take_apart(panels.codes, rows), panels.bits, columns)
-    zero = None if panels.zero is None else _take_apart(panels.zero, rows)
-    return codes, _take_apart(panels.scale, rows), zero
+    words = join_halves(unstack_rows(panels.codes, rows), panels.bits)
+    zero = None if panels.zero is None else unstack_rows(panels.zero, rows)
+    return unpack_codes(words, panels.bits, columns), unstack_rows(panels.scale, rows), zero
 
 
 def dequantize_panels(panels: Panels) -> Tensor:
@@ -115,24 +114,37 @@ def compact_zero(zero: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor | 
     return stored
 
 
-def _store_zero(zero: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    if zero.is_floating_point():
-        if zero.dtype != scale_dtype:
-            raise ValueError(f"a float zero must have the scale's dtype {scale_dtype}, got {zero.dtype}")
-        return zero
-    if zero.numel() and not (int(zero.min()) >= 0 and int(zero.max()) <= 255):
-        raise ValueError(f"integer zeros must be in 0..255, got {int(zero.min())}..{int(zero.max())}")
-    return zero.to(torch.uint8)
+def stack_rows(matrix: Tensor) -> Tensor:
+    """``(O, K)`` -> ``(P, K, 16)``, rows beyond O being zero."""
+    rows, columns = matrix.shape
+    padded = pad(matrix, (0, 0, 0, -rows % LANES))
+    return padded.reshape(-1, LANES, columns).transpose(1, 2).contiguous()
 
 
-def _lay_out(rows: Tensor) -> Tensor:
-    """``(O, K)`` -> ``(P, K, 16)``, padded with zeros."""
-    panels = count_panels(rows.shape[0])
-    padded = rows.new_zeros(panels * LANES, rows.shape[1])
-    padded[: rows.shape[0]] = rows
-    return padded.view(panels, LANES, -1).transpose(1, 2).contiguous()
-
-
-def _take_apart(panelled: Tensor, rows: int) -> Tensor:
+def unstack_rows(panels: Tensor, rows: int) -> Tensor:
     """``(P, K, 16)`` -> ``(O, K)``."""
-    return panelled.transpose(1, 2).reshape(panelled.shape[0] * LANES, -1)[:rows].contiguous()
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:rows].contiguous()
+
+
+def _pair_halves(words: Tensor, bits: int) -> Tensor:
+    """Words of plainly packed codes ``(O, I * bits / 32)`` -> low halves: first 16 inputs of a run; high: the rest."""
+    rows = words.shape[0]
+    halves = words.view(torch.int16).reshape(rows, -1, 2, bits)
+    return halves.transpose(2, 3).reshape(rows, -1).view(torch.int32)
+
+
+def join_halves(words: Tensor, bits: int) -> Tensor:
+    """Words of one row's codes ``(O, I * bits / 32)`` as ``packing.pack_codes`` has them: undoes the pairing."""
+    rows = words.shape[0]
+    halves = words.view(torch.int16).reshape(rows, -1, bits, 2)
+    return halves.transpose(2, 3).reshape(rows, -1).view(torch.int32)
+
+
+def _why_not_zero(zero: Tensor, scale: Tensor) -> str | None:
+    if zero.shape != scale.shape:
+        return f"zero is {list(zero.shape)}, wanted {list(scale.shape)}"
+    if zero.is_floating_point():
+        same = zero.dtype == scale.dtype
+        return None if same else f"a float zero must be {scale.dtype} as the scale, got {zero.dtype}"
+    low, high = int(zero.min()), int(zero.max())
+    return None if low >= 0 and high <= 255 else f"integer zeros must be in 0..255, got {low}..{high}"

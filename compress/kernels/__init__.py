@@ -1,0 +1,1 @@
+"""Op contracts: schema, reference body, fake, and the compiled library that does the work where it is there."""

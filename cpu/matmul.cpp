@@ -1,0 +1,120 @@
+// Shares the panels of a weight-only quantized layer out to threads.
+#include "matmul.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace compress {
+namespace {
+
+// Work of less than this many bytes of codes per thread isn't worth waking one for (a few microseconds).
+constexpr int64_t BYTES_PER_THREAD = 16384;
+
+int64_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::u8 ? 1 : type == Type::none ? 0 : 2; }
+
+int64_t panels_of(const Weight& weight) { return (weight.rows + PANEL - 1) / PANEL; }
+
+int choose_threads(const Weight& weight, int64_t panels, int64_t tokens, int threads) {
+  const int64_t bytes = panels * PANEL * weight.columns / 8 * weight.bits * tokens;
+  const int64_t worth = std::min(bytes / BYTES_PER_THREAD, panels);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, worth)));
+}
+
+// Grows and is kept: a decode step calls hundreds of times.
+float* scratch(int64_t count) {
+  thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < count) buffer.resize(static_cast<size_t>(count));
+  return buffer.data();
+}
+
+struct FewJob {
+  const Kernels& table;
+  const Weight& weight;
+  const float* x;
+  const float* sums;
+  int64_t tokens;
+  float* y;  // float32 sums, row stride y_stride
+  int64_t y_stride;
+  const Rows& out;
+};
+
+void few_body(void* context, int thread, int threads) {
+  const FewJob& job = *static_cast<FewJob*>(context);
+  const int64_t panels = panels_of(job.weight);
+  const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
+  if (first == last) return;
+  const int64_t row = first * PANEL, count = std::min(last * PANEL, job.weight.rows) - row;
+  job.table.weight_few(job.weight, job.x, job.sums, job.tokens, job.y + row, job.y_stride, first, last);
+  if (job.y == job.out.data) return;
+  for (int64_t t = 0; t < job.tokens; ++t) {
+    char* to = static_cast<char*>(job.out.data) + (t * job.out.stride + row) * size_of(job.out.type);
+    job.table.from_f32(job.y + t * job.y_stride + row, to, job.out.type, count);
+  }
+}
+
+struct RowsJob {
+  const Kernels& table;
+  const Weight& weight;
+  void* out;
+  Type type;
+  int64_t first;
+  int64_t last;
+};
+
+void rows_body(void* context, int thread, int threads) {
+  const RowsJob& job = *static_cast<RowsJob*>(context);
+  const int64_t panels = job.last - job.first;
+  const int64_t first = job.first + panels * thread / threads, last = job.first + panels * (thread + 1) / threads;
+  if (first == last) return;
+  const int64_t offset = (first - job.first) * PANEL * job.weight.columns;
+  if (job.type == Type::bf16) {
+    job.table.weight_rows_bf16(job.weight, static_cast<uint16_t*>(job.out) + offset, first, last);
+  } else {
+    job.table.weight_rows_f32(job.weight, static_cast<float*>(job.out) + offset, first, last);
+  }
+}
+
+}  // namespace
+
+void multiply_few(const Weight& layer, const Rows& x, int64_t tokens, const void* bias, Type bias_type, const Rows& y,
+                  int threads) {
+  const Kernels& table = kernels();
+  const int64_t inputs = layer.columns, groups = inputs / layer.group, rows = layer.rows;
+  const bool convert_x = x.type != Type::f32 || (tokens > 1 && x.stride != inputs);
+  const bool convert_y = y.type != Type::f32;
+  const bool convert_bias = bias && bias_type != Type::f32;
+  float* at = scratch(tokens * groups + (convert_x ? tokens * inputs : 0) + (convert_y ? tokens * rows : 0) +
+                      (convert_bias ? rows : 0));
+  float* sums = at;
+  at += tokens * groups;
+
+  const float* values = static_cast<const float*>(x.data);
+  if (convert_x) {
+    for (int64_t t = 0; t < tokens; ++t)
+      table.to_f32(static_cast<const char*>(x.data) + t * x.stride * size_of(x.type), x.type, at + t * inputs, inputs);
+    values = at;
+    at += tokens * inputs;
+  }
+  for (int64_t t = 0; t < tokens; ++t) table.group_sums(values + t * inputs, inputs, layer.group, sums + t * groups);
+
+  Weight weight = layer;
+  weight.bias = static_cast<const float*>(bias);
+  if (convert_bias) {
+    table.to_f32(bias, bias_type, at, rows);
+    weight.bias = at;
+    at += rows;
+  }
+  FewJob job{table, weight, values, sums, tokens, at, rows, y};
+  if (!convert_y) {
+    job.y = static_cast<float*>(y.data);
+    job.y_stride = y.stride;
+  }
+  run_parallel(choose_threads(weight, panels_of(weight), tokens, threads), few_body, &job);
+}
+
+void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads) {
+  RowsJob job{kernels(), weight, out, type, first, last};
+  run_parallel(choose_threads(weight, last - first, 4, threads), rows_body, &job);
+}
+
+}  // namespace compress

@@ -1,0 +1,24 @@
+// Weight-only products: the drivers that share the kernels' work out to threads.
+#pragma once
+#include "kernels.h"
+
+namespace compress {
+
+constexpr int64_t FEW_TOKENS = 8;  // what weight_few takes at once
+
+// A matrix of values: `rows` of `stride` elements of `type`.
+struct Rows {
+  void* data;
+  Type type;
+  int64_t stride;
+};
+
+// y (T, O) = x (T, I) W^T + bias, sums in float32, T <= FEW_TOKENS. bias (O) of bias_type, or null (weight.bias is
+// not looked at). May throw std::bad_alloc, before anything is written.
+void multiply_few(const Weight& weight, const Rows& x, int64_t tokens, const void* bias, Type bias_type, const Rows& y,
+                  int threads);
+
+// Panels first <= p < last of W as rows (16 (last - first), I) of bf16 or f32, dense.
+void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads);
+
+}  // namespace compress
