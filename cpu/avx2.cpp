@@ -19,7 +19,7 @@ const Kernels* avx2_kernels() {
       nullptr, nullptr, nullptr,
       to_f32, from_f32, group_sums,
       rms_norm, dot, add_scaled, silu_times,
-      quantize_row, flag_outliers, int8_dot,
+      quantize_row, flag_outliers, int8_pack, int8_dot, int8_finish,
   };
   return &table;
 #else
