@@ -1,4 +1,4 @@
-// Python's view of the weight-only kernels: weight_few and weight_rows.
+// Python's view of the weight-only kernels: weight_matmul and weight_rows.
 #include "bind.h"
 #include "matmul.h"
 
@@ -41,20 +41,28 @@ Rows make_rows(uintptr_t data, int32_t type, int64_t stride, int64_t width, int6
   return {as_pointer<void>(data), static_cast<Type>(type), stride};
 }
 
-void weight_few(uintptr_t codes, uintptr_t scale, int32_t scale_type, uintptr_t zero, int32_t zero_type,
+void weight_matmul(uintptr_t codes, uintptr_t scale, int32_t scale_type, uintptr_t zero, int32_t zero_type,
                 uintptr_t bias, int32_t bias_type, int64_t rows, int64_t columns, int64_t group, int32_t bits,
                 uintptr_t x, int32_t x_type, int64_t x_stride, int64_t tokens, uintptr_t y, int32_t y_type,
                 int64_t y_stride, int threads) {
   const Weight weight = make_weight(codes, scale, scale_type, zero, zero_type, rows, columns, group, bits);
-  require(tokens >= 1 && tokens <= FEW_TOKENS,
-          "tokens must be 1.." + std::to_string(FEW_TOKENS) + ", got " + std::to_string(tokens));
+  require_positive(tokens, "tokens");
   const Rows from = make_rows(x, x_type, x_stride, columns, tokens, "x");
   const Rows to = make_rows(y, y_type, y_stride, rows, tokens, "y");
   require(!bias || is_float(bias_type), "bias must be f32, bf16 or f16, got type " + std::to_string(bias_type));
   require(bias % (bias_type == static_cast<int32_t>(Type::f32) ? 4 : 2) == 0,
           "bias is at a misaligned address: " + std::to_string(bias));
+  const bool many = tokens > FEW_TOKENS;
+  require(!many || (multiplies_pairs() && from.type == Type::bf16 && to.type == Type::bf16 && x_stride == columns),
+          std::to_string(tokens) + " tokens: more than " + std::to_string(FEW_TOKENS) +
+              " must be dense bf16, and the kernels in use must have products of pairs");
   nb::gil_scoped_release release;
-  multiply_few(weight, from, tokens, as_pointer<const void>(bias), static_cast<Type>(bias_type), to, threads);
+  if (many) {
+    multiply_many(weight, static_cast<const uint16_t*>(from.data), tokens, as_pointer<const void>(bias),
+                  static_cast<Type>(bias_type), to, threads);
+  } else {
+    multiply_few(weight, from, tokens, as_pointer<const void>(bias), static_cast<Type>(bias_type), to, threads);
+  }
 }
 
 void weight_rows(uintptr_t codes, uintptr_t scale, int32_t scale_type, uintptr_t zero, int32_t zero_type, int64_t rows,
@@ -75,9 +83,11 @@ void weight_rows(uintptr_t codes, uintptr_t scale, int32_t scale_type, uintptr_t
 
 void bind_weight(nb::module_& module) {
   module.attr("FEW_TOKENS") = FEW_TOKENS;
-  module.def("weight_few", &weight_few,
+  module.def("multiplies_pairs", &multiplies_pairs, "Whether weight_matmul takes any number of bf16 tokens.");
+  module.def("weight_matmul", &weight_matmul,
              "codes, scale, scale_type, zero, zero_type, bias, bias_type, rows, columns, group, bits, x, x_type, "
-             "x_stride, tokens, y, y_type, y_stride, threads: y = x W^T + bias for at most FEW_TOKENS tokens.");
+             "x_stride, tokens, y, y_type, y_stride, threads: y = x W^T + bias for at most FEW_TOKENS tokens, or for "
+             "more dense bf16 ones.");
   module.def("weight_rows", &weight_rows,
              "codes, scale, scale_type, zero, zero_type, rows, columns, group, bits, out, out_type, first, last, "
              "threads: panels first..last of W as dense rows.");

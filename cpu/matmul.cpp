@@ -30,7 +30,8 @@ float* scratch(int64_t count) {
 struct FewJob {
   const Kernels& table;
   const Weight& weight;
-  const float* x;
+  const float* x;         // float32, or
+  const uint32_t* pairs;  // pairs of bf16
   const float* sums;
   int64_t tokens;
   float* y;  // float32 sums, row stride y_stride
@@ -44,7 +45,11 @@ void few_body(void* context, int thread, int threads) {
   const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
   if (first == last) return;
   const int64_t row = first * PANEL, count = std::min(last * PANEL, job.weight.rows) - row;
-  job.table.weight_few(job.weight, job.x, job.sums, job.tokens, job.y + row, job.y_stride, first, last);
+  if (job.pairs) {
+    job.table.weight_few_pairs(job.weight, job.pairs, job.sums, job.tokens, job.y + row, job.y_stride, first, last);
+  } else {
+    job.table.weight_few(job.weight, job.x, job.sums, job.tokens, job.y + row, job.y_stride, first, last);
+  }
   if (job.y == job.out.data) return;
   for (int64_t t = 0; t < job.tokens; ++t) {
     char* to = static_cast<char*>(job.out.data) + (t * job.out.stride + row) * size_of(job.out.type);
@@ -74,42 +79,110 @@ void rows_body(void* context, int thread, int threads) {
   }
 }
 
+struct ManyJob {
+  const Kernels& table;
+  const Weight& weight;
+  const uint16_t* x;
+  uint32_t* pairs;
+  int64_t tokens;
+  float* scratch;  // of each thread: RUN_BLOCK / 2 * 32 dwords, then (T, 32) sums
+  int64_t scratch_size;
+  const Rows& out;
+};
+
+constexpr int64_t RUN_WORDS = RUN_BLOCK / 2 * 32;
+
+void pairs_body(void* context, int thread, int threads) {
+  const ManyJob& job = *static_cast<ManyJob*>(context);
+  const int64_t tiles = (job.tokens + TILE - 1) / TILE, columns = job.weight.columns;
+  for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; ++tile) {
+    const int64_t first = tile * TILE, count = std::min(TILE, job.tokens - first);
+    job.table.to_pairs(job.x + first * columns, count, columns, TILE, job.pairs + first * columns / 2);
+  }
+}
+
+void many_body(void* context, int thread, int threads) {
+  const ManyJob& job = *static_cast<ManyJob*>(context);
+  const int64_t panels = panels_of(job.weight), couples = (panels + 1) / 2;
+  uint32_t* words = reinterpret_cast<uint32_t*>(job.scratch + thread * job.scratch_size);
+  float* y = job.scratch + thread * job.scratch_size + RUN_WORDS;
+  for (int64_t couple = couples * thread / threads; couple < couples * (thread + 1) / threads; ++couple) {
+    const int64_t first = 2 * couple, last = std::min(first + 2, panels), row = first * PANEL;
+    const int64_t count = std::min(2 * PANEL, job.weight.rows - row);
+    job.table.weight_many_pairs(job.weight, job.pairs, job.tokens, y, 2 * PANEL, first, last, words);
+    for (int64_t t = 0; t < job.tokens; ++t)
+      job.table.from_f32(y + t * 2 * PANEL, static_cast<uint16_t*>(job.out.data) + t * job.out.stride + row, Type::bf16,
+                         count);
+  }
+}
+
 }  // namespace
 
 void multiply_few(const Weight& layer, const Rows& x, int64_t tokens, const void* bias, Type bias_type, const Rows& y,
                   int threads) {
   const Kernels& table = kernels();
   const int64_t inputs = layer.columns, groups = inputs / layer.group, rows = layer.rows;
-  const bool convert_x = x.type != Type::f32 || (tokens > 1 && x.stride != inputs);
-  const bool convert_y = y.type != Type::f32;
-  const bool convert_bias = bias && bias_type != Type::f32;
-  float* at = scratch(tokens * groups + (convert_x ? tokens * inputs : 0) + (convert_y ? tokens * rows : 0) +
-                      (convert_bias ? rows : 0));
-  float* sums = at;
+  const bool dense = tokens == 1 || x.stride == inputs;
+  const bool in_pairs = x.type == Type::bf16 && dense && table.weight_few_pairs;
+  const bool convert_x = x.type != Type::f32 || !dense;
+  const bool convert_bias = bias && bias_type != Type::f32, convert_y = y.type != Type::f32;
+  float* at = scratch(tokens * groups + (in_pairs ? tokens * inputs / 2 : 0) + (convert_x ? tokens * inputs : 0) +
+                      (convert_y ? tokens * rows : 0) + (convert_bias ? rows : 0));
+  Weight weight = layer;
+  FewJob job{table, weight, static_cast<const float*>(x.data), nullptr, at, tokens, nullptr, rows, y};
+  float* const sums = at;
   at += tokens * groups;
-
-  const float* values = static_cast<const float*>(x.data);
+  if (in_pairs) {
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(at);
+    table.to_pairs(static_cast<const uint16_t*>(x.data), tokens, inputs, tokens, pairs);
+    job.pairs = pairs;
+    at += tokens * inputs / 2;
+  }
   if (convert_x) {
     for (int64_t t = 0; t < tokens; ++t)
       table.to_f32(static_cast<const char*>(x.data) + t * x.stride * size_of(x.type), x.type, at + t * inputs, inputs);
-    values = at;
+    job.x = at;
     at += tokens * inputs;
   }
-  for (int64_t t = 0; t < tokens; ++t) table.group_sums(values + t * inputs, inputs, layer.group, sums + t * groups);
-
-  Weight weight = layer;
+  for (int64_t t = 0; t < tokens; ++t) table.group_sums(job.x + t * inputs, inputs, layer.group, sums + t * groups);
   weight.bias = static_cast<const float*>(bias);
   if (convert_bias) {
     table.to_f32(bias, bias_type, at, rows);
     weight.bias = at;
     at += rows;
   }
-  FewJob job{table, weight, values, sums, tokens, at, rows, y};
-  if (!convert_y) {
+  if (convert_y) {
+    job.y = at;
+  } else {
     job.y = static_cast<float*>(y.data);
     job.y_stride = y.stride;
   }
   run_parallel(choose_threads(weight, panels_of(weight), tokens, threads), few_body, &job);
+}
+
+bool multiplies_pairs() { return kernels().weight_many_pairs != nullptr; }
+
+void multiply_many(const Weight& layer, const uint16_t* x, int64_t tokens, const void* bias, Type bias_type,
+                   const Rows& y, int threads) {
+  const Kernels& table = kernels();
+  const int64_t tiles = (tokens + TILE - 1) / TILE;
+  const int64_t used = choose_threads(layer, panels_of(layer), tokens, threads);
+  const int64_t each = RUN_WORDS + tokens * 2 * PANEL + 16 - tokens * 2 * PANEL % 16;
+  const int64_t pairs_size = tiles * TILE * layer.columns / 2;
+  const bool convert_bias = bias && bias_type != Type::f32;
+  std::vector<float> buffer(static_cast<size_t>(used * each + pairs_size + (convert_bias ? layer.rows : 0) + 16));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
+  float* start = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  float* after = start + used * each;
+  Weight weight = layer;
+  weight.bias = static_cast<const float*>(bias);
+  if (convert_bias) {
+    table.to_f32(bias, bias_type, after + pairs_size, layer.rows);
+    weight.bias = after + pairs_size;
+  }
+  ManyJob job{table, weight, x, reinterpret_cast<uint32_t*>(after), tokens, start, each, y};
+  run_parallel(static_cast<int>(used), pairs_body, &job);
+  run_parallel(static_cast<int>(used), many_body, &job);
 }
 
 void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads) {

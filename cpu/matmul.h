@@ -18,6 +18,13 @@ struct Rows {
 void multiply_few(const Weight& weight, const Rows& x, int64_t tokens, const void* bias, Type bias_type, const Rows& y,
                   int threads);
 
+// Whether the kernels in use have products of bf16 pairs, so that multiply_many can be called.
+bool multiplies_pairs();
+
+// As multiply_few for any number of tokens, x (T, I) and y (T, O) bf16, x dense. Weights are rounded to bf16 first.
+void multiply_many(const Weight& weight, const uint16_t* x, int64_t tokens, const void* bias, Type bias_type,
+                   const Rows& y, int threads);
+
 // Panels first <= p < last of W as rows (16 (last - first), I) of bf16 or f32, dense.
 void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads);
 

@@ -9,7 +9,8 @@ int out_features) -> Tensor``. Letters: O out features, I in features, T tokens,
 - bias ``(O)``, float32 or of x's dtype, contiguous; or None.
 
 Few tokens are a matter of reading the codes: one pass over them, sums in float32. For many tokens the weight is decoded
-slice by slice, rounded to bfloat16 if x is bfloat16 and else in float32, and PyTorch's own product does the rest.
+on the way: rounded to bfloat16 and multiplied in registers if x is bfloat16 and the processor multiplies pairs of them,
+else slice by slice (float32 unless x is bfloat16) for PyTorch's own product.
 Everything is checked before memory is touched: ValueError says what was got and wanted. There is no derivative.
 """
 
@@ -167,27 +168,29 @@ def _on_cpu(
         _check_addresses(x, codes, scale)
     if not x.is_contiguous():
         x = _make_rows(x, columns)
+    kind = TYPES[x.dtype]
     stride = columns if x.dim() != 2 else x.stride(0)
-    layer = (codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype])
-    layer += (0, 0) if zero is None else (_address(zero), TYPES[zero.dtype])
+    layer = (codes.data_ptr(), scale.data_ptr(), TYPES[scale.dtype], *_locate(zero))
     size = (out_features, columns, group_size, bits)
     threads = torch.get_num_threads()
-    if tokens <= native.FEW_TOKENS:
-        added = (0, 0) if bias is None else (_address(bias), TYPES[bias.dtype])
-        kind = TYPES[x.dtype]
-        native.weight_few(
-            *layer, *added, *size, x.data_ptr(), kind, stride, tokens, y.data_ptr(), kind, out_features, threads
-        )
-        return y
-    _multiply_many(native, x.view(tokens, columns), (*layer, *size), bias, y.view(tokens, out_features), threads)
+    if tokens > native.FEW_TOKENS:
+        x, stride = (x if x.is_contiguous() else x.contiguous()), columns
+        if kind != 2 or not native.multiplies_pairs():
+            y2 = y.view(tokens, out_features)
+            _multiply_slices(native, x.view(tokens, columns), (*layer, *size), bias, y2, threads)
+            return y
+    place = (x.data_ptr(), kind, stride, tokens, y.data_ptr(), kind, out_features)
+    native.weight_matmul(*layer, *_locate(bias), *size, *place, threads)
     return y
 
 
-def _address(tensor: Tensor) -> int:
-    """Of a tensor that may be absent, for which the native code takes 0: so not of one on another device."""
+def _locate(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and type of a tensor that may be absent: zeros then, and so never those of one on another device."""
+    if tensor is None:
+        return 0, 0
     if not tensor.is_cpu:
         _check_addresses(tensor)
-    return tensor.data_ptr()
+    return tensor.data_ptr(), TYPES[tensor.dtype]
 
 
 def _make_rows(x: Tensor, columns: int) -> Tensor:
@@ -196,7 +199,7 @@ def _make_rows(x: Tensor, columns: int) -> Tensor:
     return rows if rows.stride(1) == 1 and rows.stride(0) >= columns else rows.contiguous()
 
 
-def _multiply_many(
+def _multiply_slices(
     native: Any, x: Tensor, layer: tuple[int, ...], bias: Tensor | None, y: Tensor, threads: int
 ) -> None:
     """Decode a slice of the weight, multiply by it, next: y ``(T, O)`` is filled."""

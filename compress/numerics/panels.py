@@ -1,10 +1,10 @@
 """Weights as the kernels want them: panels of 16 out features side by side, one per 32-bit lane of a wide register.
 
 ``codes`` int32 ``(P, I * bits / 32, 16)``: word ``k`` of panel ``p`` and lane ``r`` belongs to row ``16 p + r``. A run
-of 32 inputs takes ``bits`` words; their low halves hold the codes of its first 16 inputs, their high halves those of the
-other 16, each as one string of bits, lowest first. So inputs ``j`` and ``j + 16`` of a run lie in one lane at the same
-place: what a pair of 16-bit products wants. ``scale`` and ``zero`` ``(P, G, 16)``. Example, 4 bits, one row: the codes
-``0, 1, .. 15, 0, 1, .. 15`` of a run are the words 0x32103210, 0x76547654, 0xba98ba98, 0xfedcfedc.
+of 32 inputs takes ``bits`` words; their low halves hold the codes of its first 16 inputs, their high halves those of
+the other 16, each as one string of bits, lowest first. So inputs ``j`` and ``j + 16`` of a run lie in one lane at the
+same place: what a pair of 16-bit products wants. ``scale`` and ``zero`` ``(P, G, 16)``. Example, 4 bits, one row: the
+codes ``0, 1, .. 15, 0, 1, .. 15`` of a run are the words 0x32103210, 0x76547654, 0xba98ba98, 0xfedcfedc.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _pair_halves(words: Tensor, bits: int) -> Tensor:
 def join_halves(words: Tensor, bits: int) -> Tensor:
     """Words of one row's codes ``(O, I * bits / 32)`` as ``packing.pack_codes`` has them: undoes the pairing."""
     rows = words.shape[0]
-    halves = words.view(torch.int16).reshape(rows, -1, bits, 2)
+    halves = words.contiguous().view(torch.int16).reshape(rows, -1, bits, 2)
     return halves.transpose(2, 3).reshape(rows, -1).view(torch.int32)
 
 
