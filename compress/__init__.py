@@ -10,6 +10,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from compress.runtime.hook import install
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -55,3 +57,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+install()  # Transformers then knows our quantizer, once it is imported

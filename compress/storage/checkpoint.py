@@ -37,13 +37,16 @@ class Checkpoint:
     @cached_property
     def headers(self) -> dict[str, TensorHeader]:
         """All tensors, from the headers. UserError for a missing or damaged shard, or an index that is wrong."""
+        path = self.folder / self.entry
+        return self._read_index(path) if path.suffix == ".json" else read_header(path)
+
+    @cached_property
+    def entry(self) -> str:
+        """The file that reading begins with: the index, or the only file of weights. UserError where there is none."""
         for prefix in PREFIXES:
-            index = self.folder / f"{prefix}.safetensors.index.json"
-            if index.is_file():
-                return self._read_index(index)
-            single = self.folder / f"{prefix}.safetensors"
-            if single.is_file():
-                return read_header(single)
+            for name in (f"{prefix}.safetensors.index.json", f"{prefix}.safetensors"):
+                if (self.folder / name).is_file():
+                    return name
         raise UserError(f"{self.folder}: no weights: {self._describe_what_is_there()}")
 
     @property
