@@ -69,10 +69,10 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves go through, casts of scales and zeros don't."""
-        before = {name: self._buffers[name] for name in ("scale", "zero")}
+        before = {name: self._buffers.get(name) for name in ("scale", "zero")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
@@ -128,7 +128,7 @@ class WeightLinear(Packed):
         return weight if self.order is None else weight[:, self.order.argsort()]
 
     def extra_repr(self) -> str:
-        more = [word for word in ("bias", "order") if self._buffers[word] is not None]
+        more = [word for word in ("bias", "order") if getattr(self, word) is not None]
         return ", ".join([super().extra_repr(), *more])
 
 

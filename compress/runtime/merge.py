@@ -70,37 +70,47 @@ class Group(WeightLinear):
         return panels, None if self.bias is None else self.bias[begin:end], self.order
 
 
-class Sibling(nn.Module):
-    """Stands where a layer was that is now a part of a group; the first of them owns the group."""
+class Sibling(WeightLinear):
+    """Stands where a layer was that is now a part of a group; the first of them owns the group.
+
+    It has no buffers: its tensors are views of the group's.
+    """
 
     def __init__(self, group: Group, part: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if part == 0:
             self.group = group
         else:
             self.__dict__["group"] = group
-        self.part = part
+        self.part, self.reference = part, False
+        self.bits, self.group_size, self.dtype = group.bits, group.group_size, group.dtype
         self.in_features = group.in_features
         self.out_features = group.starts[part + 1] - group.starts[part]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.group.multiply_part(x, self.part)
         return self.group.serve(x, self.part)
 
-    def alone(self) -> WeightLinear:
-        """The layer by itself, sharing the group's memory."""
-        panels, bias, order = self.group.take_part(self.part)
-        return WeightLinear(panels, bias, order, self.group.dtype)
+    @property
+    def codes(self) -> Tensor:  # type: ignore[override]
+        return self.group.take_part(self.part)[0].codes
 
     @property
-    def weight(self) -> Tensor:
-        """The matrix ``(O, I)``, dequantized at each call."""
-        return self.alone().weight
+    def scale(self) -> Tensor:  # type: ignore[override]
+        return self.group.take_part(self.part)[0].scale
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.alone().bias
+    def zero(self) -> Tensor | None:  # type: ignore[override]
+        return self.group.take_part(self.part)[0].zero
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.group.take_part(self.part)[1]
+
+    @property
+    def order(self) -> Tensor | None:  # type: ignore[override]
+        return self.group.order
 
     def extra_repr(self) -> str:
         return f"part {self.part}, {self.in_features} -> {self.out_features}"
