@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("run", "plan", "eval", "recipes", "info")
+COMMANDS = ("run", "plan", "eval", "bench", "recipes", "info")
 EPILOG = """\
 examples:
   compress --recipe gptq4 --model HuggingFaceTB/SmolLM2-135M --output out/small
   compress --recipe mine.yaml --model ./folder --set steps.0.bits=3 --set calibration.corpus=notes.txt
   compress plan --recipe rtn4 --model ./folder      what it would do, cost and leave; reads no weights
   compress eval out/small --against ./folder        perplexity, KL and agreement of a folder
+  compress bench out/small                          tokens per second and memory beside the dense model
   compress recipes gptq4                            print a shipped recipe to start from
 """
 
@@ -74,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="compress a model (the default: `compress --recipe ...`)"))
     _add_plan(commands.add_parser("plan", help="what a run would do and cost; reads only headers"))
     _add_eval(commands.add_parser("eval", help="measure a folder: perplexity, KL, agreement, bytes"))
+    _add_bench(commands.add_parser("bench", help="tokens per second and memory of a folder beside the dense model"))
     _add_recipes(commands.add_parser("recipes", help="list the recipes that ship, or print one"))
     _add_info(commands.add_parser("info", help="versions, processor, devices, formats, memory, disk"))
     return parser
@@ -118,6 +120,28 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON too ('-': only that, to stdout)")
     _add_common(parser)
     parser.set_defaults(call=eval_command)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="what to measure, loaded by compress.load")
+    parser.add_argument(
+        "--vs",
+        "--against",
+        dest="against",
+        default="dense",
+        metavar="MODEL",
+        help="a folder or hub id, or dense: the same shapes with random weights (default: dense)",
+    )
+    parser.add_argument("--prefill", type=int, default=512, metavar="TOKENS", help="tokens at once (default: 512)")
+    parser.add_argument("--prompt", type=int, default=32, metavar="TOKENS", help="before decoding (default: 32)")
+    parser.add_argument("--decode", type=int, default=64, metavar="TOKENS", help="one by one (default: 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side, in turn (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements per process (default: 3)")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32 (default: auto)")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON too ('-': only that, to stdout)")
+    _add_common(parser)
+    parser.set_defaults(call=bench_command)
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +220,28 @@ def eval_command(options: argparse.Namespace) -> int:
             progress=lambda _done, _total, perplexity: stage.advance(note=f"perplexity {perplexity:.2f}"),
         )
     _show(_describe_measures(found), found, options.json)
+    return 0
+
+
+def bench_command(options: argparse.Namespace) -> int:
+    """``compress bench``: both sides in turn, each in a process of its own."""
+    from compress.bench import bench, render
+    from compress.eval.speed import Workload
+    from compress.progress import make_progress
+
+    work = Workload(options.prefill, options.prompt, options.decode, options.repeats)
+    with make_progress(options.json == "-").stage("bench", 2 * options.rounds) as stage:
+        found = bench(
+            options.folder,
+            options.against,
+            workload=work,
+            rounds=options.rounds,
+            dtype=options.dtype,
+            threads=options.threads,
+            trust_remote_code=options.trust_remote_code,
+            tell=lambda side, run: stage.advance(note=f"{side}: decode {run['decode_tokens_per_second']:.1f} tokens/s"),
+        )
+    _show(render(found), found, options.json)
     return 0
 
 

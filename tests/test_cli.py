@@ -57,7 +57,7 @@ def tiny(tmp_path: Path) -> Path:
 def test_help_and_version_exit_with_0(tmp_path: Path) -> None:
     done = command("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("run", "plan", "eval", "recipes", "info", "compress --recipe gptq4"):
+    for word in ("run", "plan", "eval", "bench", "recipes", "info", "compress --recipe gptq4"):
         assert word in done.stdout
     assert command("--version", cwd=tmp_path).stdout.startswith("compress ")
     assert "--set KEY=VALUE" in command("run", "--help", cwd=tmp_path).stdout

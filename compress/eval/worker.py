@@ -2,8 +2,9 @@
 
 The request names the task, its arguments and where the result goes; ``process.py`` writes it and reads the answer.
 Tasks: ``evaluate`` (arguments of ``compress.evaluate``), ``resident`` (memory of a loaded folder), ``logits`` (of a
-folder through our own loader, for ``verify.py``). Progress goes to standard output, one JSON object a line after
-``@progress``; the result is written to a temporary name and renamed. Where the process that asked is gone, so is this.
+folder through our own loader, for ``verify.py``), ``speed`` (of a folder), ``bandwidth`` (of the machine's memory).
+Progress goes to standard output, one JSON object a line after ``@progress``; the result is written to a temporary name
+and renamed. Where the process that asked is gone, so is this.
 """
 
 from __future__ import annotations
@@ -78,10 +79,30 @@ def run_logits(
     return info
 
 
+def run_speed(**arguments: Any) -> dict[str, Any]:
+    """Tokens per second and memory of a folder."""
+    from compress.eval.speed import measure_folder
+
+    return measure_folder(**arguments)
+
+
+def run_bandwidth(threads: int | None = None) -> dict[str, Any]:
+    """How fast this machine reads memory."""
+    import torch
+
+    from compress.eval.speed import measure_bandwidth
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return measure_bandwidth()
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "evaluate": run_evaluate,
     "resident": run_resident,
     "logits": run_logits,
+    "speed": run_speed,
+    "bandwidth": run_bandwidth,
 }
 
 
