@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -59,8 +60,9 @@ def run_ours(model: Path, output: Path, recipe: str, settings: Sequence[str]) ->
 
 def run_peer(python: str, model: Path, windows: Path, output: Path, step: dict[str, Any]) -> dict[str, Any]:
     """GPTQModel with its defaults, the recipe's bits and group size."""
-    script = [python, str(HERE / "peer_gptqmodel.py"), str(model), str(windows), str(output)]
-    seen = watch([*script, "--bits", str(step["bits"]), "--group-size", str(step["group_size"])])
+    script = [python, str(HERE / "peer_gptqmodel.py"), str(model.resolve()), str(windows), str(output)]
+    # It leaves a folder of logs where it runs: next to the output, which is in the scratch folder.
+    seen = watch([*script, "--bits", str(step["bits"]), "--group-size", str(step["group_size"])], cwd=output.parent)
     stop_on_error("GPTQModel", seen)
     inner = read_result(seen.output)
     return {"who": "GPTQModel", "seconds": inner["seconds"], **describe(seen), "versions": inner["versions"]}
@@ -127,6 +129,8 @@ def main() -> int:
     settings = [f"calibration.corpus={arguments.text}", *arguments.settings]
     recipe = recipes.load(arguments.recipe, settings)
     model = find_folder(arguments.model)
+    if os.sep in arguments.peer_python:  # it is run from another folder; a link into a venv must stay one
+        arguments.peer_python = os.path.abspath(arguments.peer_python)
     with tempfile.TemporaryDirectory(prefix="compress-peers-") as scratch:
         windows, outputs = Path(scratch, "windows.json"), {who: Path(scratch, who) for who in ("compress", "GPTQModel")}
         protocol = write_windows(model, recipe, windows)
@@ -134,12 +138,12 @@ def main() -> int:
             command = [
                 arguments.peer_python,
                 str(HERE / "peer_gptqmodel.py"),
-                str(model),
+                str(model.resolve()),
                 str(windows),
                 scratch,
                 "--check",
             ]
-            return subprocess.run(command, check=False).returncode
+            return subprocess.run(command, check=False, cwd=scratch).returncode
         runs: list[dict[str, Any]] = []
         for _ in range(arguments.rounds):
             runs.append(run_ours(model, outputs["compress"], arguments.recipe, settings))
