@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from compress.numerics import errors
+from compress.numerics.activations import round_rows
 from compress.plan_memory import CHUNK
 from compress.plan_select import PlannedLayer, load_method
+from compress.storage.formats.base import RoundInputs
 from compress.types import LayerReport, LayerSpec, LayerState, Statistic
 
 
@@ -44,11 +46,13 @@ def compress_layers(
     statistic: Statistic | None,
     probe: Tensor,
     scale_dtype: torch.dtype,
+    round_inputs: RoundInputs = round_rows,
 ) -> Iterator[Outcome]:
     """Apply each layer's steps; layers read the same input, which ``statistic`` describes.
 
     ``weights``: ``(O, I)`` each, in the model's dtype. ``probe``: held-out rows of the input ``(T, I)``, for the error
-    on the output; there may be none (an expert that no probe token reached).
+    on the output; there may be none (an expert that no probe token reached). ``round_inputs``: how the format that is
+    written rounds the input of layers with an activation rule.
     """
     for stack in _stack_layers(layers):
         started = time.monotonic()
@@ -56,7 +60,9 @@ def compress_layers(
         tall = weights[stack[0]] if len(stack) == 1 else torch.cat([weights[i] for i in stack])
         height = len(tall) if not _is_rowwise(members[0]) else max(1, CHUNK // tall.shape[1])
         pieces = [
-            _compress_piece(tall[i : i + height], members[0], _cut(statistic, i, height), probe, scale_dtype)
+            _compress_piece(
+                tall[i : i + height], members[0], _cut(statistic, i, height), probe, scale_dtype, round_inputs
+            )
             for i in range(0, len(tall), height)
         ]
         state, energies = _join([piece.state for piece in pieces]), torch.cat([p.energies for p in pieces], dim=1)
@@ -97,17 +103,31 @@ def _is_rowwise(layer: PlannedLayer) -> bool:
 
 
 def _compress_piece(
-    rows: Tensor, layer: PlannedLayer, statistic: Statistic | None, probe: Tensor, scale_dtype: torch.dtype
+    rows: Tensor,
+    layer: PlannedLayer,
+    statistic: Statistic | None,
+    probe: Tensor,
+    scale_dtype: torch.dtype,
+    round_inputs: RoundInputs,
 ) -> _Piece:
     weight = rows.to(torch.float32, copy=True)
     state = LayerState(weight)
     for step in layer.steps:
         state = load_method(step.method).compress(state, statistic, step.config, scale_dtype)
     lost = weight - state.weight
-    inputs = probe.float()
-    energies = [errors.row_energies(one) for one in (weight, lost)]
-    energies += [errors.row_energies(one @ inputs.T) for one in (weight, lost)]
+    output = weight @ probe.float().T
+    read = read_inputs(state, probe[None], round_inputs)[0]
+    lost_output = lost @ probe.float().T if state.activations is None else output - state.weight @ read.float().T
+    energies = [errors.row_energies(one) for one in (weight, lost, output, lost_output)]
     return _Piece(replace(state, weight=state.weight.to(rows.dtype)), torch.stack(energies))
+
+
+def read_inputs(state: LayerState, x: Tensor, round_inputs: RoundInputs) -> Tensor:
+    """What a layer in this state reads where its input is ``x`` ``(N, T, I)``."""
+    if state.activations is None:
+        return x
+    kept = None if state.outliers is None else state.outliers.index
+    return round_inputs(x, state.activations, kept, state.input_groups)
 
 
 def _join(states: Sequence[LayerState]) -> LayerState:
@@ -121,14 +141,18 @@ def _join(states: Sequence[LayerState]) -> LayerState:
     grids = [state.grid for state in states if state.grid is not None]
     codes = torch.cat([state.codes for state in states if state.codes is not None])
     scale, zero = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids])
-    return replace(first, weight=weight, codes=codes, grid=replace(first.grid, scale=scale, zero=zero))
+    columns = [state.outliers.weight for state in states if state.outliers is not None]
+    outliers = first.outliers and replace(first.outliers, weight=torch.cat(columns))
+    grid = replace(first.grid, scale=scale, zero=zero)
+    return replace(first, weight=weight, codes=codes, grid=grid, outliers=outliers)
 
 
 def _take(state: LayerState, rows: slice) -> LayerState:
     """Some rows of a state."""
     grid = state.grid and replace(state.grid, scale=state.grid.scale[rows], zero=state.grid.zero[rows])
     codes = None if state.codes is None else state.codes[rows]
-    return replace(state, weight=state.weight[rows], grid=grid, codes=codes)
+    outliers = state.outliers and replace(state.outliers, weight=state.outliers.weight[rows])
+    return replace(state, weight=state.weight[rows], grid=grid, codes=codes, outliers=outliers)
 
 
 def _report(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from compress.apply import compress_layers
+from compress.apply import compress_layers, read_inputs
 from compress.plan_select import PlannedLayer, load_method
+from compress.storage.formats.base import RoundInputs
 from compress.types import LayerReport, LayerSpec, LayerState, Statistic
 from compress.walk.coroutine import BlockWalk
 from compress.walk.hidden import Hidden
-from compress.walk.layers import set_weight, view_weight
+from compress.walk.layers import Rounding, set_weight, view_weight
 from compress.walk.skeleton import Skeleton
 from compress.walk.statistics import accumulate, make_token_weights, observe, read_held_out
 from compress.walk.stream import Call
@@ -70,10 +71,16 @@ class Needs:
     """What the steps of some layers want to know of their inputs."""
 
     gram: bool
+    absmax: bool
     cross: bool
     true_sequential: bool
     token_weights: Literal["uniform", "residual"]
     dense_windows: int  # how many calibration windows the dense stream has; 0: no dense stream
+
+    @property
+    def statistic(self) -> bool:
+        """Whether any statistic is wanted."""
+        return self.gram or self.absmax
 
     @classmethod
     def of(cls, layers: Iterable[PlannedLayer], windows: int) -> Needs:
@@ -85,6 +92,7 @@ class Needs:
         kinds = {getattr(config, "token_weights", "uniform") for wanted, config in configs if "gram" in wanted}
         return cls(
             gram=any("gram" in wanted for wanted, _ in configs),
+            absmax=any("absmax" in wanted for wanted, _ in configs),
             cross=bool(crossed),
             true_sequential=all(getattr(config, "true_sequential", True) for _, config in configs),
             token_weights="residual" if "residual" in kinds else "uniform",
@@ -106,16 +114,21 @@ class BlockTask:
     suspend: bool  # all windows wait at once (fast), or one at a time (little memory)
     folder: Path | None  # where the next streams go; None: in memory
     encode: Callable[[LayerSpec, LayerState], dict[str, Tensor] | None]  # a layer's written form, None: its weight
+    round_inputs: RoundInputs  # as the format has it
 
 
 @dataclass(frozen=True)
 class CompressedBlock:
-    """The module with its new weights, its layers' reports and written forms, the streams behind it."""
+    """The module with its new weights, its layers' reports and written forms, the streams behind it.
+
+    ``roundings``: of layers with an activation rule, by name, what becomes of their input.
+    """
 
     block: nn.Module
     reports: list[LayerReport]
     encoded: list[tuple[LayerSpec, dict[str, Tensor]]]
     streams: Streams
+    roundings: dict[str, Rounding]
 
 
 def compress_block(
@@ -127,6 +140,7 @@ def compress_block(
     following = streams.open_next(task.folder, task.index + 1)
     reports: list[LayerReport] = []
     encoded: list[tuple[LayerSpec, dict[str, Tensor]]] = []
+    roundings: dict[str, Rounding] = {}
     with BlockWalk(
         block,
         [layer.spec for layer in task.layers.values()],
@@ -140,14 +154,24 @@ def compress_block(
         for specs, statistic, probe in _observe_groups(walk, task.needs, streams):
             weights = [view_weight(block, spec) for spec in specs]
             layers = [task.layers[spec.name] for spec in specs]
-            for outcome in compress_layers(layers, weights, statistic, probe, task.scale_dtype):
+            for outcome in compress_layers(layers, weights, statistic, probe, task.scale_dtype, task.round_inputs):
                 set_weight(block, outcome.spec, outcome.state.weight)
+                if outcome.state.activations is not None:
+                    roundings[outcome.spec.name] = _make_rounding(outcome.state, task.round_inputs)
+                    walk.round_inputs(outcome.spec.name, roundings[outcome.spec.name])
                 reports.append(outcome.report)
                 form = task.encode(outcome.spec, outcome.state)
                 if form is not None:
                     encoded.append((outcome.spec, form))
         walk.outputs(following.main, following.dense)
-    return CompressedBlock(block, reports, encoded, following)
+    return CompressedBlock(block, reports, encoded, following, roundings)
+
+
+def _make_rounding(state: LayerState, round_inputs: RoundInputs) -> Rounding:
+    """What a layer does to its input, without the weights that ``state`` holds on to."""
+    kept = state.outliers and replace(state.outliers, weight=torch.zeros(0, len(state.outliers.index)))
+    light = replace(state, weight=torch.zeros(0, 0), grid=None, codes=None, outliers=kept)
+    return lambda x: read_inputs(light, x, round_inputs)
 
 
 def _observe_groups(
@@ -157,8 +181,11 @@ def _observe_groups(
     weights = make_token_weights(needs.token_weights, streams.main, [streams.probe]) if needs.gram else None
     if needs.true_sequential:
         for group in walk.groups():
-            statistic = accumulate(group, cross=needs.cross, weights=weights) if needs.gram else None
+            statistic = None
+            if needs.statistic:
+                statistic = accumulate(group, cross=needs.cross, weights=weights, gram=needs.gram, absmax=needs.absmax)
             yield group.specs, statistic, read_held_out(group)
     else:
-        for group, statistic, probe in observe(walk, cross=needs.cross, weights=weights):
-            yield group.specs, statistic if needs.gram else None, probe
+        observed = observe(walk, cross=needs.cross, weights=weights, gram=needs.gram, absmax=needs.absmax)
+        for group, statistic, probe in observed:
+            yield group.specs, statistic if needs.statistic else None, probe

@@ -85,7 +85,7 @@ def describe_work(
         windows=windows,
         dense_windows=max(dense, default=0),
         gram="gram" in needs,
-        matrices=len(needs),
+        matrices=len(needs & {"gram", "cross", "residual"}),
         cross="cross" in needs,
         grams_at_once=not all(sequential),
         suspend=all(sequential),
@@ -106,7 +106,7 @@ def estimate_seconds(
     rate = forward_rate if skeleton.dtype == torch.float32 else plan_time.measure_rate(torch.float32, device)
     routed = find_routed_share(skeleton)
     seconds = {"forward": 0.0, "statistics": 0.0, "methods": 0.0, "evaluation": 0.0}
-    window = recipe.calibration.tokens if work.gram else PROBE_TOKENS
+    window = recipe.calibration.tokens if find_needs(one for unit in units for one in unit.layers) else PROBE_TOKENS
     tokens = work.windows * window
     width = int(skeleton.config.get_text_config(decoder=True).hidden_size)
     cross_tokens = tokens * work.dense_windows // work.windows

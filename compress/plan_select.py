@@ -16,7 +16,7 @@ from compress.recipe_check import list_words
 from compress.storage.formats.base import QuantSpec, load_format
 from compress.types import LayerSpec
 
-AUTO_ORDER = ("compressed_tensors", "gptq", "native", "dense")  # what `format: auto` tries first
+AUTO_ORDER = ("compressed_tensors", "gptq", "bitsandbytes", "native", "dense")  # what `format: auto` tries first
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,21 @@ def load_method(word: str) -> ModuleType:
 
 
 def is_quantizing(config: MethodConfig) -> bool:
-    return "bits" in type(config).model_fields
+    return "bits" in type(config).model_fields or hasattr(config, "BITS")
 
 
-def quant_of(config: MethodConfig) -> QuantSpec:
-    """The grid that a quantizing method's configuration promises."""
-    values = config.model_dump()
-    group_size, float_zero = values.get("group_size", -1), values.get("float_zero", False)
-    return QuantSpec(values["bits"], group_size, values.get("symmetric", True), float_zero)
+def quant_of(step: Step) -> QuantSpec:
+    """The grid that a quantizing step promises: by its fields, or ``BITS`` per row where the method has no choice."""
+    config, method = step.config, load_method(step.method)
+    values = {"bits": getattr(config, "BITS", None), **config.model_dump()}
+    return QuantSpec(
+        values["bits"],
+        values.get("group_size", -1),
+        values.get("symmetric", True),
+        values.get("float_zero", False),
+        method.activation_rule(config) if hasattr(method, "activation_rule") else None,
+        method.count_outliers(config) if hasattr(method, "count_outliers") else 0,
+    )
 
 
 def select_layers(recipe: Recipe, specs: Sequence[LayerSpec], others: dict[str, str]) -> Selection:
@@ -80,7 +87,7 @@ def select_layers(recipe: Recipe, specs: Sequence[LayerSpec], others: dict[str, 
             elif fitted is not _SKIPPED:
                 steps.append(fitted)
         if steps:
-            grids = [quant_of(step.config) for step in steps if is_quantizing(step.config)]
+            grids = [quant_of(step) for step in steps if is_quantizing(step.config)]
             result.layers.append(PlannedLayer(spec, tuple(steps), grids[-1] if grids else None))
     problems += [_explain_twice(steps, names) for steps, names in twice.items()]
     problems += [_explain_indivisible(key, names) for key, names in indivisible.items()]

@@ -29,11 +29,12 @@ from compress.prepare import Texts, load_tokenizer, make_texts
 from compress.progress import Progress, make_progress
 from compress.recipe import Recipe
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.base import Format, assemble_unit, encode_layer, load_format
+from compress.storage.formats.base import Format, assemble_unit, encode_layer, find_rounding, load_format
 from compress.storage.source import Source, resolve
 from compress.storage.writer import Writer
 from compress.types import LayerSpec, LayerState
 from compress.walk.hidden import Hidden
+from compress.walk.layers import install_rounding
 from compress.walk.skeleton import Skeleton
 from compress.walk.stream import Call, capture, record_calls
 from compress.walk.stream import finish as finish_forward
@@ -184,7 +185,8 @@ def make_task(job: Job, i: int, calls: dict[int, Call], spill: Path | None) -> B
     def encode(spec: LayerSpec, state: LayerState) -> dict[str, Tensor] | None:
         return None if spill is None else encode_layer(job.format, spec, state, job.plan.dtype)
 
-    return BlockTask(i, layers, calls, job.needs, job.plan.scale_dtype, job.plan.suspend, spill, encode)
+    rounding = find_rounding(job.format)
+    return BlockTask(i, layers, calls, job.needs, job.plan.scale_dtype, job.plan.suspend, spill, encode, rounding)
 
 
 def probe_logits(job: Job, streams: Streams) -> Tensor:
@@ -196,7 +198,11 @@ def probe_logits(job: Job, streams: Streams) -> Tensor:
 
 
 def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progress) -> Any:
-    """A model in memory: the same loop, its weights replaced in place; see ``run``."""
+    """A model in memory: the same loop, its weights replaced in place; see ``run``.
+
+    Layers with an activation rule round their inputs from then on, by a hook: the numbers of integer kernels, not their
+    speed.
+    """
     started = time.monotonic()
     skeleton = Skeleton.from_model(model)
     plan = make_plan(recipe, skeleton, name=type(model).__name__, output=None, device=str(model.device))
@@ -210,6 +216,8 @@ def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progres
             result = compress_block(skeleton, make_task(job, i, calls[i], None), streams, plan.device)
             streams = result.streams
             reports += [asdict(report) for report in result.reports]
+            for name, rounding in result.roundings.items():
+                install_rounding(model.get_submodule(name), rounding)
             bar.advance()
     model.compress_report = finish.report_model(
         job, reports, finish.Cost(time.monotonic() - started, finish.measure_peak())

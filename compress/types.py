@@ -62,19 +62,50 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class ActivationRule:
+    """How a layer's input is rounded when the model runs: per token, symmetric, the scale from the token itself.
+
+    ``threshold``: features in which any token of the forward pass reaches this magnitude stay as they are (LLM.int8);
+    0 for none. ``groups``: so many groups of features have a scale of their own in each token, 1 for one scale.
+    """
+
+    bits: int = 8
+    threshold: float = 0.0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Features of a layer's input whose weight columns are kept in high precision; the input there is not rounded."""
+
+    index: Tensor  # (n,) int64, sorted, no two alike
+    weight: Tensor  # (O, n) float32, every value representable in the model's dtype
+
+    def __post_init__(self) -> None:
+        assert self.index.dim() == 1 and self.weight.shape[1] == len(self.index), "one column per outlier feature"
+        assert bool((self.index.diff() > 0).all()), "outlier features are sorted, no two alike"
+
+
+@dataclass(frozen=True)
 class LayerState:
     """A layer on its way through the steps: the weight as the model will see it and what steps made of it.
 
-    Invariant: with ``grid`` set, ``weight`` equals the dequantization of ``codes``.
+    Invariant: with ``grid`` set, ``weight`` equals the dequantization of ``codes``, plus ``outliers.weight`` in the
+    columns ``outliers.index``, whose codes stand for 0.
     """
 
     weight: Tensor  # (O, I) float32
     grid: Grid | None = None
     codes: Tensor | None = None  # (O, I) uint8, present exactly when grid is
+    outliers: Outliers | None = None
+    activations: ActivationRule | None = None  # None: the input is left as it is
+    input_groups: Tensor | None = None  # (I,) uint8, the group of each feature, where activations.groups > 1
     notes: Mapping[str, Any] = field(default_factory=dict)  # what a method did: damping, fallback, dead columns ...
 
     def __post_init__(self) -> None:
         assert (self.grid is None) == (self.codes is None), "grid and codes come together"
+        several = self.activations is not None and self.activations.groups > 1
+        assert several == (self.input_groups is not None), "groups of activations come with each feature's group"
 
     def with_notes(self, **notes: Any) -> LayerState:
         return replace(self, notes={**self.notes, **notes})
@@ -84,8 +115,9 @@ class LayerState:
 class Statistic:
     """What calibration says of one distinct layer input, over ``tokens`` rows ``x`` of ``I`` features.
 
-    ``gram``: ``sum x x^T`` ``(I, I)`` float32. ``cross``: ``sum (x_dense - x) x^T`` ``(I, I)`` float32, where
-    ``x_dense`` is the same input in the uncompressed model; only where a step wants targets from the dense stream.
+    ``gram``: ``sum x x^T`` ``(I, I)`` float32; ``(0, 0)`` where no step wants it. ``cross``: ``sum (x_dense - x) x^T``
+    ``(I, I)`` float32, where ``x_dense`` is the same input in the uncompressed model; only where a step wants targets
+    from the dense stream.
     ``cache`` keeps what methods derive from it (a Cholesky factor), since q, k and v share one statistic.
     """
 
@@ -96,6 +128,8 @@ class Statistic:
     residual: Tensor | None = None
     """``sum (h_dense - h) x^T`` ``(O, I)`` over the same rows as ``cross``: ``h`` is the residual stream that the
     layer's output is added to, just before the addition. Only for layers that write to the residual stream."""
+    absmax: Tensor | None = None  # (I,) float32, the largest |x| of each feature
+    peaks: Tensor | None = None  # (tokens,) float32, the largest |x| of each row; comes with absmax
     cache: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -16,7 +16,7 @@ import compress
 from compress.errors import UserError
 from compress.methods.base import MethodConfig
 from compress.storage.formats.base import QuantSpec
-from compress.types import Grid, LayerSpec, LayerState, Statistic
+from compress.types import ActivationRule, Grid, LayerSpec, LayerState, Outliers, Statistic
 
 PACKAGE = Path(compress.__file__).parent
 STATISTICS = {field.name for field in dataclasses.fields(Statistic)} - {"tokens", "cache"}
@@ -50,7 +50,8 @@ def make_layer(outputs: int = 24, inputs: int = 32) -> tuple[Tensor, Statistic]:
     weight = torch.randn(outputs, inputs, generator=generator)
     mixing = torch.eye(inputs) + 0.3 * torch.randn(inputs, inputs, generator=generator)
     rows = torch.randn(400, inputs, generator=generator) @ mixing
-    return weight, Statistic(tokens=400, gram=rows.T @ rows, cross=0.01 * rows.T @ rows)
+    gram, size = rows.T @ rows, rows.abs()
+    return weight, Statistic(400, gram, 0.01 * gram, absmax=size.amax(0), peaks=size.amax(1))
 
 
 def run(method: Any, weight: Tensor, statistic: Statistic, config: Any) -> LayerState:
@@ -65,7 +66,7 @@ def small_config(method: Any) -> Any:
 
 
 def dequantize(state: LayerState) -> Tensor:
-    """By the letter of ``Grid``, one column at a time."""
+    """By the letter of ``Grid`` and ``Outliers``, one column at a time."""
     grid, codes = state.grid, state.codes
     assert grid is not None
     assert codes is not None
@@ -73,6 +74,10 @@ def dequantize(state: LayerState) -> Tensor:
     for index in range(codes.shape[1]):
         group = index // grid.group_size
         columns.append(grid.scale[:, group] * (codes[:, index].float() - grid.zero[:, group]))
+    if state.outliers is not None:
+        for place, index in enumerate(state.outliers.index.tolist()):
+            assert bool((columns[index] == 0).all()), "codes of outlier columns stand for 0"
+            columns[index] = state.outliers.weight[:, place]
     return torch.stack(columns, dim=1)
 
 
@@ -165,8 +170,17 @@ def make_state(spec: LayerSpec, quant: QuantSpec, dtype: torch.dtype) -> LayerSt
         zero = (torch.rand(shape, generator=generator) * 2**quant.bits).to(dtype).float()
     else:
         zero = torch.randint(2**quant.bits, shape, generator=generator).float()
+    outliers = input_groups = None
+    if quant.activations is not None:
+        scale = scale * 127 / 127  # the 127th part of a number
+        if quant.activations.groups > 1:
+            input_groups = torch.arange(columns).remainder(quant.activations.groups).to(torch.uint8)
+    if quant.outliers:
+        index = torch.randperm(columns, generator=generator)[: quant.outliers].sort().values
+        codes[:, index] = 2 ** (quant.bits - 1)
+        outliers = Outliers(index, torch.randn(rows, quant.outliers, generator=generator).to(spec.dtype).float())
     grid = Grid(quant.bits, size, quant.symmetric, scale, zero, quant.float_zero)
-    state = LayerState(torch.zeros(spec.shape), grid, codes)
+    state = LayerState(torch.zeros(spec.shape), grid, codes, outliers, quant.activations, input_groups)
     return dataclasses.replace(state, weight=dequantize(state))
 
 
@@ -185,6 +199,13 @@ QUANTS = [
     for bits in (2, 3, 4, 8)
     for group_size in (32, -1)
     for symmetric, float_zero in ((True, False), (False, False), (False, True))
+]
+QUANTS += [
+    QuantSpec(8, -1, True, activations=ActivationRule()),
+    QuantSpec(4, 32, True, activations=ActivationRule()),
+    QuantSpec(8, -1, True, activations=ActivationRule(threshold=6.0)),
+    QuantSpec(8, -1, True, activations=ActivationRule(groups=4)),
+    QuantSpec(8, -1, True, activations=ActivationRule(), outliers=3),
 ]
 
 

@@ -17,7 +17,7 @@ from compress.methods import rtn
 from compress.methods.base import MethodConfig
 from compress.numerics import gram as grams
 from compress.numerics import grids, obs, order, refine
-from compress.types import Grid, LayerState, Statistic
+from compress.types import ActivationRule, Grid, LayerState, Statistic
 
 KIND = "layer"
 ROWWISE = True
@@ -41,6 +41,9 @@ class Config(MethodConfig):
     token_weights: Literal["uniform", "residual"] = Field(
         "residual",
         description="every token counts alike, or relative to the size of the residual stream that it is added to",
+    )
+    activation_bits: Literal[8] | None = Field(
+        None, description="8: inputs too are rounded at run time, per token (W8A8); null: they stay as they are"
     )
     damping: float = Field(0.1, ge=0, le=10, description="added to diag(H), relative to its mean")
     block_size: int = Field(32, ge=1, description="columns compensated at a time; changes the speed only")
@@ -80,6 +83,11 @@ def needs(config: Config) -> frozenset[str]:
     if config.targets == "layer" or config.shrinkage == 0:
         return frozenset({"gram"})
     return frozenset({"gram", "cross"} | ({"residual"} if config.targets == "stream" else set()))
+
+
+def activation_rule(config: Config) -> ActivationRule | None:
+    """How inputs are rounded at run time."""
+    return None if config.activation_bits is None else ActivationRule(config.activation_bits)
 
 
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -242,7 +250,8 @@ def _finish(
     rows = codes.T.contiguous().to(torch.uint8)
     scale, zero = scale.T.contiguous(), zero.T.contiguous()
     grid = Grid(config.bits, group_size, config.symmetric, scale, zero, config.float_zero)
-    return LayerState(grids.dequantize(rows, scale, zero, group_size), grid, rows, dict(state.notes))
+    weight = grids.dequantize(rows, scale, zero, group_size)
+    return LayerState(weight, grid, rows, activations=activation_rule(config), notes=dict(state.notes))
 
 
 def _round_to_nearest(state: LayerState, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -251,6 +260,7 @@ def _round_to_nearest(state: LayerState, config: Config, scale_dtype: torch.dtyp
         group_size=config.group_size,
         symmetric=config.symmetric,
         clip_search=config.clip_search,
+        activation_bits=config.activation_bits,
         on_indivisible=config.on_indivisible,
     )
     return rtn.compress(state, None, plain, scale_dtype).with_notes(fallback="no calibration tokens: round to nearest")

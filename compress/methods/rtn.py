@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compress.methods.base import MethodConfig
 from compress.numerics import grids
-from compress.types import Grid, LayerState, Statistic
+from compress.types import ActivationRule, Grid, LayerState, Statistic
 
 KIND = "layer"
 ROWWISE = True
@@ -22,6 +22,9 @@ class Config(MethodConfig):
     group_size: int = Field(64, description="consecutive inputs that share a scale and a zero; -1 = a whole row")
     symmetric: bool = Field(False, description="full-range symmetric grid (zero in the middle) instead of asymmetric")
     clip_search: bool = Field(False, description="choose the range of least squared error instead of min-max")
+    activation_bits: Literal[8] | None = Field(
+        None, description="8: inputs too are rounded at run time, per token (W8A8); null: they stay as they are"
+    )
     on_indivisible: Literal["error", "adjust", "skip"] = Field(
         "error", description="when group_size does not divide a layer's inputs: stop, take a smaller divisor, or skip"
     )
@@ -30,6 +33,11 @@ class Config(MethodConfig):
 def needs(config: Config) -> frozenset[str]:
     """Nothing: rounding looks at the weights only."""
     return frozenset()
+
+
+def activation_rule(config: Config) -> ActivationRule | None:
+    """How inputs are rounded at run time."""
+    return None if config.activation_bits is None else ActivationRule(config.activation_bits)
 
 
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -42,4 +50,10 @@ def compress(state: LayerState, statistic: Statistic | None, config: Config, sca
     scale, zero = grids.fit_grid(grids.split_groups(weight, group_size), rule)
     codes = grids.quantize(weight, scale, zero, group_size, rule.max_code)
     grid = Grid(config.bits, group_size, config.symmetric, scale, zero)
-    return LayerState(grids.dequantize(codes, scale, zero, group_size), grid, codes, dict(state.notes))
+    return LayerState(
+        grids.dequantize(codes, scale, zero, group_size),
+        grid,
+        codes,
+        activations=activation_rule(config),
+        notes=dict(state.notes),
+    )

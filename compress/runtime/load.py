@@ -12,10 +12,16 @@ from torch import Tensor
 
 from compress.errors import UserError
 from compress.storage.checkpoint import Checkpoint
-from compress.storage.formats.base import Format, load_format
+from compress.storage.formats.base import CodedWeight, Format, find_rounding, load_format
 from compress.types import LayerSpec
+from compress.walk.layers import Rounding, install_rounding
 
-FORMATS = {"gptq": "gptq", "compressed-tensors": "compressed_tensors", "compress": "native"}  # quant_method -> file
+FORMATS = {  # quant_method -> file
+    "gptq": "gptq",
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+    "compress": "native",
+}
 
 
 def load(
@@ -84,18 +90,22 @@ def load_decoded(
     wanted = pick_dtype(config, dtype)
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
-    state = _decode_state(checkpoint, form, shell, wanted)
+    state, roundings = _decode_state(checkpoint, form, shell, wanted)
     model, found = type(shell).from_pretrained(
         None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
     )
     _refuse_lost(checkpoint, found)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = type(model.generation_config).from_pretrained(checkpoint.folder)
+    for name, rounding in roundings.items():
+        install_rounding(model.get_submodule(name), rounding)
     return model.eval().to(device)
 
 
-def _decode_state(checkpoint: Checkpoint, form: Format, shell: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict of the dense model; ``shell`` is that model on meta."""
+def _decode_state(
+    checkpoint: Checkpoint, form: Format, shell: Any, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Rounding]]:
+    """The state dict of the dense model, and how layers round their inputs; ``shell`` is that model on meta."""
     quantization = checkpoint.config["quantization_config"]
     layers = form.list_layers(checkpoint.headers, quantization)
     encoded = {name for _, names in layers for name in names}
@@ -103,9 +113,21 @@ def _decode_state(checkpoint: Checkpoint, form: Format, shell: Any, dtype: torch
     for name in checkpoint.headers:
         if name not in encoded:
             filler.put_plain(name, checkpoint.read([name])[name])
+    roundings: dict[str, Rounding] = {}
     for spec, names in layers:
-        filler.put_layer(spec, form.decode(spec, checkpoint.read(names), quantization))
-    return filler.finish()
+        coded = form.unpack(spec, checkpoint.read(names), quantization)
+        filler.put_layer(spec, coded.dequantize())
+        if coded.activations is not None:
+            roundings[spec.name] = make_rounding(form, coded)
+    return filler.finish(), roundings
+
+
+def make_rounding(form: Format, coded: CodedWeight) -> Rounding:
+    """What a layer with an activation rule does to its input."""
+    rule, round_inputs, groups = coded.activations, find_rounding(form), coded.input_groups
+    kept = None if coded.outliers is None else coded.outliers.index
+    assert rule is not None
+    return lambda x: round_inputs(x, rule, kept, groups)
 
 
 class Filler:

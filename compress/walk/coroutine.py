@@ -21,6 +21,7 @@ from compress.types import LayerSpec
 from compress.walk.experts import read_positions
 from compress.walk.groups import Group, Hooked, find_groups
 from compress.walk.hidden import Hidden
+from compress.walk.layers import Rounding
 from compress.walk.memory import measure_frames
 from compress.walk.residual import find_writers, is_stream, list_norms
 from compress.walk.stream import PROBE_TOKENS, Call, run_block
@@ -134,8 +135,9 @@ class BlockWalk:
         self._main = Hooked(block, self.specs)
         self._dense = None if dense_block is None else Hooked(dense_block, self.specs)
         self.writers: frozenset[str] = frozenset()  # layers that write to the residual stream
+        self._roundings: dict[str, Rounding] = {}
         self.layout = self._find_layout()
-        self._hooks = self._install(self._main)
+        self._hooks = self._install(self._main) + self._install_roundings()
         if self._dense is not None:
             self._hooks += self._install(self._dense)
         self._forwards: dict[int, _Forward] = {}
@@ -169,6 +171,13 @@ class BlockWalk:
                     self._waiting(n, index)
                     self._dense_waiting(n, index)
             yield InputGroup(self, index)
+
+    def round_inputs(self, name: str, rounding: Rounding) -> None:
+        """From now on, also for windows that wait in front of it, layer ``name`` reads ``rounding(x)`` for ``x``.
+
+        Rows and statistics stay those of ``x``; the uncompressed model is not touched.
+        """
+        self._roundings[name] = rounding
 
     def input_groups(self) -> list[InputGroup]:
         """All groups, without walking to them."""
@@ -283,6 +292,20 @@ class BlockWalk:
         if self.writers and self._dense is not None:
             handles += [norm.register_forward_pre_hook(self._note_stream) for norm in list_norms(hooked.block)]
         return handles
+
+    def _install_roundings(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Hooks that come after the pauses: PyTorch lists a module's hooks before it runs the first of them."""
+
+        def read(name: str, x: Tensor) -> Tensor:
+            rounding = self._roundings.get(name)
+            return x if rounding is None else rounding(x)
+
+        return [
+            self._main.modules[spec.name].register_forward_pre_hook(
+                lambda _module, args, name=spec.name: (read(name, args[0]), *args[1:])
+            )
+            for spec in self.specs
+        ]
 
     def _note_stream(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         current = getcurrent()

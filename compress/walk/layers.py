@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from compress.types import LayerSpec
+
+Rounding = Callable[[Tensor], Tensor]  # a layer's input (..., I) -> what the layer reads in its place
 
 
 @torch.no_grad()
@@ -25,6 +29,11 @@ def set_weight(block: nn.Module, spec: LayerSpec, weight: Tensor) -> None:
     """Write ``weight`` ``(O, I)`` where the layer's weight lives, cast to the parameter's dtype, in place."""
     assert tuple(weight.shape) == spec.shape, f"{spec.name}: weight is {tuple(weight.shape)}, layer is {spec.shape}"
     _as_rows(find_parameter(block, spec).data, spec).copy_(weight)
+
+
+def install_rounding(module: nn.Module, rounding: Rounding) -> torch.utils.hooks.RemovableHandle:
+    """Let ``module`` read ``rounding(x)`` for ``x`` until the handle is removed."""
+    return module.register_forward_pre_hook(lambda _module, args: (rounding(args[0]), *args[1:]))
 
 
 def find_parameter(block: nn.Module, spec: LayerSpec) -> Tensor:

@@ -1,4 +1,4 @@
-"""Statistics of a group's input, window by window: Gram matrix, cross term with the dense stream, tokens."""
+"""Statistics of a group's input, window by window: Gram matrix, cross term with the dense stream, range, tokens."""
 
 from __future__ import annotations
 
@@ -46,9 +46,19 @@ def make_token_weights(
 class Accumulator:
     """Builds the ``Statistic`` of one group from its rows."""
 
-    def __init__(self, features: int, cross: bool, weights: TokenWeights | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        features: int,
+        cross: bool,
+        weights: TokenWeights | None,
+        device: torch.device,
+        gram: bool = True,
+        absmax: bool = False,
+    ) -> None:
         self._weights = weights
-        self._gram = torch.zeros(features, features, device=device)
+        self._gram = torch.zeros(features, features, device=device) if gram else None
+        self._absmax = torch.zeros(features, device=device) if absmax else None
+        self._peaks: list[Tensor] = []  # (T,) each
         self._cross = torch.zeros(features, features, device=device) if cross else None
         self._residual: Tensor | None = None  # (O, I)
         self._tokens = 0
@@ -56,10 +66,16 @@ class Accumulator:
 
     @torch.no_grad()
     def add(self, rows: Rows) -> None:
-        """Add one window: ``gram += sum w x x^T``; with a pair ``cross`` and ``residual`` too."""
+        """Add one window: ``gram += sum w x x^T``; with a pair ``cross`` and ``residual`` too; ranges without ``w``."""
+        self._tokens += rows.x.shape[0]
+        if self._absmax is not None:
+            size = rows.x.abs().float()
+            torch.maximum(self._absmax, size.amax(0), out=self._absmax)
+            self._peaks.append(size.amax(1))
+        if self._gram is None:
+            return
         root = self._root_weights(rows)
         x = _scale_rows(rows.x, root)
-        self._tokens += x.shape[0]
         add_gram(self._gram, x)
         if self._cross is None or rows.dense is None:
             return
@@ -74,9 +90,12 @@ class Accumulator:
     def statistic(self) -> Statistic:
         """What was added so far; the accumulator is done after it."""
         cross = self._cross if self._cross_tokens else None
-        return Statistic(
-            self._tokens, mirror_gram(self._gram), cross, cross_tokens=self._cross_tokens, residual=self._residual
-        )
+        gram = torch.zeros(0, 0) if self._gram is None else mirror_gram(self._gram)
+        found = Statistic(self._tokens, gram, cross, cross_tokens=self._cross_tokens, residual=self._residual)
+        if self._absmax is not None:
+            found.absmax = self._absmax
+            found.peaks = torch.cat([torch.zeros(0, device=self._absmax.device), *self._peaks])
+        return found
 
     def _root_weights(self, rows: Rows) -> Tensor | None:
         """``sqrt(w)`` of each row ``(T, 1)``."""
@@ -92,14 +111,21 @@ def _scale_rows(rows: Tensor, root: Tensor | None) -> Tensor:
     return rows if root is None else (rows * root).to(rows.dtype)
 
 
-def accumulate(group: InputGroup, *, cross: bool = False, weights: TokenWeights | None = None) -> Statistic:
-    """The statistic of a group that waits, over the calibration windows."""
+def accumulate(
+    group: InputGroup,
+    *,
+    cross: bool = False,
+    weights: TokenWeights | None = None,
+    gram: bool = True,
+    absmax: bool = False,
+) -> Statistic:
+    """The statistic of a group that waits, over the calibration windows: the parts of it that are asked for."""
     rows = iter(group.rows())
     first = next(rows, None)
     features = group.specs[0].shape[1]
     if first is None:
-        return Statistic(0, torch.zeros(features, features))
-    accumulator = Accumulator(features, cross, weights if group.writes else None, first.x.device)
+        return Accumulator(features, cross, None, torch.device("cpu"), gram, absmax).statistic()
+    accumulator = Accumulator(features, cross, weights if group.writes else None, first.x.device, gram, absmax)
     accumulator.add(first)
     for one in rows:
         accumulator.add(one)
@@ -113,13 +139,19 @@ def read_held_out(group: InputGroup) -> Tensor:
 
 
 def observe(
-    walk: BlockWalk, *, cross: bool = False, weights: TokenWeights | None = None
+    walk: BlockWalk,
+    *,
+    cross: bool = False,
+    weights: TokenWeights | None = None,
+    gram: bool = True,
+    absmax: bool = False,
 ) -> list[tuple[InputGroup, Statistic, Tensor]]:
     """All groups of a block in one pass with its weights as they are: (group, its statistic, its held-out rows)."""
     device = next(walk.block.parameters()).device
     groups = walk.input_groups()
     calibration = {
-        one.index: Accumulator(one.specs[0].shape[1], cross, weights if one.writes else None, device) for one in groups
+        one.index: Accumulator(one.specs[0].shape[1], cross, weights if one.writes else None, device, gram, absmax)
+        for one in groups
     }
     held_out = {one.index: [torch.zeros(0, one.specs[0].shape[1], device=device)] for one in groups}
 

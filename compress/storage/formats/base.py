@@ -3,13 +3,14 @@
 A format file has: ``NAME``; ``PREFIX`` of its shard names; ``LOADS_WITH``, the packages that a stock load needs beside
 Transformers; ``scale_dtype``; ``carries`` (one layer) and ``conflict`` (the model as a whole), None or the reason why
 not; ``encode`` and ``decode``, an exact round trip; ``nbytes``; ``quantization_config``; ``list_layers``. A format of
-integer codes also has ``unpack``: the codes, scales and zeros as the file holds them, which kernels multiply with.
+integer codes also has ``unpack``: the codes, scales and zeros as the file holds them, which kernels multiply with. One
+whose stock load rounds the inputs of layers in its own way has ``round_inputs`` (``numerics.activations.round_rows``).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.numerics.activations import round_rows
 from compress.storage.files import TensorHeader
-from compress.types import Grid, LayerSpec, LayerState
+from compress.types import ActivationRule, Grid, LayerSpec, LayerState, Outliers
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class QuantSpec:
     group_size: int  # inputs per group; -1 for one group per row
     symmetric: bool
     float_zero: bool = False
+    activations: ActivationRule | None = None  # how the input is rounded at run time
+    outliers: int = 0  # columns that are kept in high precision, at most
 
     @classmethod
     def of(cls, grid: Grid) -> QuantSpec:
@@ -55,16 +59,25 @@ class CodedWeight:
     bits: int
     group_size: int  # inputs per group, I for one group per row
     groups: Tensor | None = None  # (I,) int64
+    activations: ActivationRule | None = None  # how the input is rounded at run time
+    outliers: Outliers | None = None  # columns that stand in place of what the codes say
+    input_groups: Tensor | None = None  # (I,) uint8, where activations.groups > 1
 
     def dequantize(self) -> Tensor:
-        """``(O, I)`` float32."""
+        """``(O, I)`` float32, outlier columns included."""
         zero = torch.full(self.scale.shape, float(2 ** (self.bits - 1))) if self.zero is None else self.zero
         if self.groups is None:
-            return dequantize(self.codes, self.scale, zero, self.group_size)
-        return (self.codes.float() - zero.float()[:, self.groups]) * self.scale.float()[:, self.groups]
+            weight = dequantize(self.codes, self.scale, zero, self.group_size)
+        else:
+            weight = (self.codes.float() - zero.float()[:, self.groups]) * self.scale.float()[:, self.groups]
+        if self.outliers is not None:
+            weight[:, self.outliers.index] = self.outliers.weight
+        return weight
 
 
 Layers = Sequence[tuple[LayerSpec, QuantSpec]]
+# Input (..., I), rule, features that stay as they are, group of each feature -> what the layer reads.
+RoundInputs = Callable[[Tensor, ActivationRule, Tensor | None, Tensor | None], Tensor]
 
 
 class Format(Protocol):
@@ -82,6 +95,9 @@ class Format(Protocol):
     def conflict(self, layers: Layers, untouched: Sequence[LayerSpec]) -> str | None: ...
     def encode(self, spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict[str, Tensor]: ...
     def decode(self, spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor: ...
+    def unpack(
+        self, spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> CodedWeight: ...  # formats of integer codes
     def nbytes(self, spec: LayerSpec, quant: QuantSpec | None) -> int: ...
     def quantization_config(self, layers: Layers, untouched: Sequence[LayerSpec]) -> dict[str, Any] | None: ...
     def list_layers(
@@ -92,6 +108,12 @@ class Format(Protocol):
 def load_format(word: str) -> Format:
     """The format file that a recipe's ``format`` names; ``-`` and ``_`` are the same."""
     return cast(Format, importlib.import_module(f"compress.storage.formats.{word.replace('-', '_')}"))
+
+
+def find_rounding(fmt: Format) -> RoundInputs:
+    """How a stock load of ``fmt`` rounds the inputs of layers with an activation rule."""
+    found: RoundInputs = getattr(fmt, "round_inputs", round_rows)
+    return found
 
 
 def encode_layer(fmt: Format, spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict[str, Tensor] | None:
@@ -140,6 +162,13 @@ def refuse_head(spec: LayerSpec, name: str) -> str | None:
     """Why a stock format does not carry the embedding or the output head, where ``spec`` is one of them."""
     what = {"embedding": "the embedding", "head": "the output head"}.get(spec.kind)
     return what and f"{name} leaves {what} as it is; format native carries it"
+
+
+def refuse_activations(quant: QuantSpec, name: str) -> str | None:
+    """Why a format for weights alone does not carry int8 activations, where ``quant`` has them."""
+    if quant.activations is None:
+        return None
+    return f"{name} leaves inputs as they are, and the layer's are rounded to {quant.activations.bits} bits at run time"
 
 
 def refuse_indivisible(spec: LayerSpec, quant: QuantSpec) -> str | None:
@@ -193,4 +222,5 @@ def read_setting(config: Mapping[str, Any], key: str, kind: type, where: str) ->
 def describe(quant: QuantSpec) -> str:
     """A scheme in words."""
     zeros = "symmetric" if quant.symmetric else "asymmetric"
-    return f"{quant.bits} bits, group_size {quant.group_size}, {zeros}"
+    rounded = "" if quant.activations is None else f", {quant.activations.bits}-bit activations"
+    return f"{quant.bits} bits, group_size {quant.group_size}, {zeros}{rounded}"

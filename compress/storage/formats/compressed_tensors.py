@@ -5,6 +5,11 @@ bits / 32))``; ``weight_scale`` ``(O, G)`` in the model's dtype, which the stock
 int64 ``(2,)``; ``weight_zero_point`` int32 ``(ceil(O * bits / 32), G)``, packed along O, if asymmetric. Stored codes
 and zeros are the package's signed ones plus ``2**(bits - 1)``: exactly ours. The stock load computes ``scale * (code
 - zero)`` in the scale's dtype: one rounding, since ``|code - zero| <= 255`` is exact in bfloat16 and float16.
+
+With int8 activations, 8-bit rows (W8A8) are ``int-quantized`` instead: ``weight`` int8 ``(O, I)``, signed codes, and
+``weight_scale``; other widths and groups stay packed. A stock load rounds the input of such layers token by token with the scale ``max|x| / 127.5`` in the
+input's dtype, codes -128 to 127, and multiplies in floating point; ``round_inputs`` does the same. vLLM multiplies int8
+codes with the scale ``max|x| / 127``.
 """
 
 from __future__ import annotations
@@ -30,11 +35,19 @@ from compress.storage.formats.base import (
     store_exactly,
     take,
 )
-from compress.types import LayerSpec, LayerState
+from compress.types import ActivationRule, LayerSpec, LayerState
 
 NAME = "compressed-tensors"
 PREFIX = "model"
 LOADS_WITH: tuple[str, ...] = ("compressed-tensors",)
+INPUT_ACTIVATIONS = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+    "observer": None,
+}
 
 
 def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
@@ -55,7 +68,21 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
         return f"compressed-tensors carries 1 to 8 bits, got {quant.bits}"
     if quant.float_zero:
         return "compressed-tensors has integer zero points only; format native carries float zeros"
+    if quant.activations is not None or quant.outliers:
+        return _refuse_rule(quant) or refuse_indivisible(spec, quant)
     return refuse_indivisible(spec, quant)
+
+
+def _refuse_rule(quant: QuantSpec) -> str | None:
+    """Why rounded activations are not carried, if they aren't."""
+    rule = quant.activations
+    if rule is None or rule.threshold > 0 or quant.outliers:
+        return "compressed-tensors knows no outlier features; format bitsandbytes or native carries them"
+    if rule.groups != 1:
+        return "compressed-tensors rounds inputs with one scale per token; format native carries groups"
+    if not quant.symmetric:
+        return "with rounded inputs compressed-tensors carries symmetric weights; format native carries others"
+    return None
 
 
 def conflict(layers: Layers, untouched: Sequence[LayerSpec]) -> str | None:
@@ -80,6 +107,13 @@ def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict
         return {spec.parameter: state.weight.to(model_dtype).contiguous()}
     grid = state.grid
     assert not grid.float_zero, f"{spec.name}: float zeros need format native"
+    assert state.outliers is None, f"{spec.name}: outlier columns need format bitsandbytes or native"
+    size = -1 if grid.group_size == spec.shape[1] else grid.group_size
+    if _name_layout(QuantSpec(grid.bits, size, grid.symmetric, activations=state.activations)) == "int-quantized":
+        return {
+            f"{spec.name}.weight": (state.codes.to(torch.int16) - 128).to(torch.int8).contiguous(),
+            f"{spec.name}.weight_scale": store_exactly(spec, grid.scale, scale_dtype(model_dtype), "scale"),
+        }
     tensors = {
         f"{spec.name}.weight_packed": pack_codes(state.codes, grid.bits),
         f"{spec.name}.weight_scale": store_exactly(spec, grid.scale, scale_dtype(model_dtype), "scale"),
@@ -103,6 +137,11 @@ def unpack(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, 
     quant = _find_scheme(spec, config)
     rows, columns = spec.shape
     groups = quant.groups(spec)
+    if _name_layout(quant) == "int-quantized":
+        signed = take(spec, tensors, f"{spec.name}.weight", torch.int8, (rows, columns))
+        scale = take(spec, tensors, f"{spec.name}.weight_scale", None, (rows, 1))
+        codes = (signed.to(torch.int16) + 128).to(torch.uint8)
+        return CodedWeight(codes, scale, None, 8, columns, activations=quant.activations)
     shape = take(spec, tensors, f"{spec.name}.weight_shape", torch.int64, (2,))
     if shape.tolist() != [rows, columns]:
         raise UserError(f"{spec.name}.weight_shape: got {shape.tolist()}, wanted {[rows, columns]}")
@@ -114,7 +153,8 @@ def unpack(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, 
         packed = (packed_length(rows, quant.bits), groups)
         words = take(spec, tensors, f"{spec.name}.weight_zero_point", torch.int32, packed)
         zero = unpack_codes(words, quant.bits, rows, dim=0)
-    return CodedWeight(codes, scale, zero, quant.bits, quant.inputs_per_group(spec))
+    size = quant.inputs_per_group(spec)
+    return CodedWeight(codes, scale, zero, quant.bits, size, activations=quant.activations)
 
 
 def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
@@ -124,6 +164,8 @@ def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
         return spec.numel * size
     rows, columns = spec.shape
     groups = quant.groups(spec)
+    if _name_layout(quant) == "int-quantized":
+        return spec.numel + rows * size
     zeros = 0 if quant.symmetric else 4 * packed_length(rows, quant.bits) * groups
     return 4 * rows * packed_length(columns, quant.bits) + rows * groups * size + 16 + zeros
 
@@ -152,13 +194,14 @@ def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[
                 "group_size": None if quant.group_size == -1 else quant.group_size,
                 "dynamic": False,
             },
-            "input_activations": None,
+            "input_activations": None if quant.activations is None else INPUT_ACTIVATIONS,
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": _name_layout(quant),
         }
+    layouts = {_name_layout(quant) for quant in schemes}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "dequantize": not all(quant.symmetric for quant in schemes),
         "config_groups": groups,
@@ -170,9 +213,13 @@ def list_layers(
     headers: Mapping[str, TensorHeader], config: Mapping[str, Any]
 ) -> list[tuple[LayerSpec, tuple[str, ...]]]:
     """Every encoded layer and the tensors that make it."""
-    found = []
+    found: list[tuple[LayerSpec, tuple[str, ...]]] = []
     for tensor, header in headers.items():
         name, _, leaf = tensor.rpartition(".")
+        if leaf == "weight" and header.dtype == torch.int8 and f"{name}.weight_scale" in headers:
+            dtype = headers[f"{name}.weight_scale"].dtype
+            spec = LayerSpec(name, (header.shape[0], header.shape[1]), dtype, "linear", f"{name}.weight")
+            found.append((spec, (tensor, f"{name}.weight_scale")))
         if leaf != "weight_packed" or len(header.shape) != 2:
             continue
         spec = LayerSpec(name, (header.shape[0], 0), torch.bfloat16, "linear", f"{name}.weight")
@@ -185,6 +232,26 @@ def list_layers(
         leaves = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
         found.append((spec, tuple(f"{name}.{one}" for one in leaves if f"{name}.{one}" in headers)))
     return found
+
+
+def round_inputs(x: Tensor, rule: ActivationRule, kept: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+    """What a stock load multiplies in place of ``x`` ``(N, T, I)``, in its dtype.
+
+    Where a layer reads ``(T, I)`` (OPT's fc1), compressed-tensors 0.20 takes one scale for all of it.
+    """
+    assert kept is None and groups is None and rule.threshold == 0, "compressed-tensors knows no outliers and groups"
+    if x.numel() == 0:
+        return x
+    peak = x.abs().amax() if x.dim() < 3 else x.abs().amax(dim=tuple(range(2, x.dim())), keepdim=True)
+    half = 2 ** (rule.bits - 1)
+    scale = peak / (half - 0.5)
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    return (x / scale).clamp_(-half, half - 1).round_() * scale
+
+
+def _name_layout(quant: QuantSpec) -> str:
+    whole = quant.bits == 8 and quant.group_size == -1 and quant.symmetric
+    return "int-quantized" if quant.activations is not None and whole else "pack-quantized"
 
 
 def _write_targets(names: Sequence[str], elsewhere: set[str]) -> list[str]:
@@ -220,4 +287,13 @@ def _read_scheme(group: Mapping[str, Any], where: str) -> QuantSpec:
     size = read_setting(weights, "group_size", int, where) if strategy == "group" else -1
     if size == 0 or size < -1:
         raise UserError(f"{where}: group_size {size} is not positive")
-    return QuantSpec(bits, size, read_setting(weights, "symmetric", bool, where))
+    symmetric = read_setting(weights, "symmetric", bool, where)
+    inputs = group.get("input_activations")
+    if inputs is None:
+        return QuantSpec(bits, size, symmetric)
+    rule = {key: inputs.get(key) for key in ("num_bits", "type", "strategy", "symmetric", "dynamic")}
+    if rule != {key: INPUT_ACTIVATIONS[key] for key in rule}:
+        raise UserError(
+            f"{where}: input_activations {rule} are not read; only int8 per token, symmetric and dynamic, are"
+        )
+    return QuantSpec(bits, size, symmetric, activations=ActivationRule())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.storage.files import TensorHeader
-from compress.storage.formats.base import Layers, QuantSpec, take
+from compress.storage.formats.base import Layers, QuantSpec, refuse_activations, take
 from compress.types import LayerSpec, LayerState
 
 NAME = "dense"
@@ -23,8 +23,8 @@ def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
 
 
 def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
-    """Every result, as plain weights."""
-    return None
+    """Every result whose inputs stay as they are, as plain weights."""
+    return None if quant is None else refuse_activations(quant, NAME)
 
 
 def conflict(layers: Layers, untouched: Sequence[LayerSpec]) -> str | None:

@@ -29,6 +29,7 @@ from compress.storage.formats.base import (
     QuantSpec,
     describe,
     read_setting,
+    refuse_activations,
     refuse_head,
     refuse_indivisible,
     store_exactly,
@@ -56,6 +57,8 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
         return None
     if spec.kind in ("embedding", "head"):
         return refuse_head(spec, NAME)
+    if quant.activations is not None:
+        return refuse_activations(quant, NAME)
     if spec.kind != "linear":
         what = "Conv1D layers (GPTQModel's kernels do not load in GPT-2)" if spec.kind == "conv1d" else "fused experts"
         return f"gptq carries nn.Linear only, not {what}; format native carries them"

@@ -12,15 +12,23 @@ Tensors of one layer, ``<stem>`` being its name, or ``<parameter>.<index>`` for 
 | ``<stem>.zero`` | uint8 ``ceil(O * G * bits / 8)``| integer zeros, packed as the codes; absent if symmetric         |
 |                 | or float ``(O, G)``             | float zeros, in the dtype of the scale                         |
 
+Where a layer keeps columns in high precision: ``<stem>.outlier_index`` int32 ``(n,)``, which ones, sorted, and
+``<stem>.outlier_weight`` ``(O, n)`` in the model's dtype; their codes stand for 0. With ``activations.groups > 1``:
+``<stem>.input_group`` uint8 ``(I,)``, the group of each input feature.
+
 ``weight[o, i] = scale[o, g] * (code[o, i] - zero[o, g])``, ``(O, I)`` for Conv1D too; symmetric means
 ``zero = 2**(bits - 1)``. ``config.json`` lists every layer under ``quantization_config.layers``. Of kind ``embedding``
 and ``head`` is the matrix of the token embedding and of the output head; where they are one, it is stored once, as the
 embedding, and ``tied`` names the other parameters. Rows are independent: eight rows begin at a whole byte.
+
+A layer with ``activations`` reads its input rounded per token (``numerics.activations.round_rows``): ``bits``; features
+that reach ``threshold`` anywhere in the forward pass stay as they are, and so do those of ``outlier_index``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -38,12 +46,13 @@ from compress.storage.formats.base import (
     store_exactly,
     take,
 )
-from compress.types import LayerSpec, LayerState
+from compress.types import ActivationRule, LayerSpec, LayerState, Outliers
 
 NAME = "native"
 PREFIX = "compress"
 LOADS_WITH: tuple[str, ...] = ("compress",)
 VERSION = 1
+LEAVES = ("codes", "scale", "zero", "outlier_index", "outlier_weight", "input_group")
 KINDS = ("linear", "conv1d", "expert", "embedding", "head")
 ROWS = 8  # so many rows of packed codes take whole bytes, whatever their width
 
@@ -59,6 +68,8 @@ def carries(spec: LayerSpec, quant: QuantSpec | None, arch: str) -> str | None:
         return None
     if not 1 <= quant.bits <= 8:
         return f"native carries 1 to 8 bits, got {quant.bits}"
+    if quant.activations is not None and spec.kind not in ("linear", "conv1d"):
+        return f"inputs are rounded in front of nn.Linear and Conv1D only, not of the kind {spec.kind}"
     return refuse_indivisible(spec, quant)
 
 
@@ -85,6 +96,11 @@ def encode(spec: LayerSpec, state: LayerState, model_dtype: torch.dtype) -> dict
         tensors[f"{stem}.zero"] = pack_bytes(store_exactly(spec, grid.zero, torch.uint8, "zero"), grid.bits)
     else:
         assert bool((grid.zero == 2 ** (grid.bits - 1)).all()), f"{spec.name}: a symmetric zero is 2**(bits - 1)"
+    if state.outliers is not None:
+        tensors[f"{stem}.outlier_index"] = state.outliers.index.to(torch.int32).contiguous()
+        tensors[f"{stem}.outlier_weight"] = store_exactly(spec, state.outliers.weight, model_dtype, "outlier column")
+    if state.input_groups is not None:
+        tensors[f"{stem}.input_group"] = state.input_groups.contiguous()
     return tensors
 
 
@@ -108,7 +124,40 @@ def unpack(spec: LayerSpec, tensors: Mapping[str, Tensor], config: Mapping[str, 
     elif not quant.symmetric:
         stream = take(spec, tensors, f"{stem}.zero", torch.uint8, (count_bytes(rows * groups, quant.bits),))
         zero = unpack_bytes(stream, quant.bits, rows * groups).reshape(rows, groups)
-    return CodedWeight(codes, scale, zero, quant.bits, quant.inputs_per_group(spec))
+    return CodedWeight(
+        codes,
+        scale,
+        zero,
+        quant.bits,
+        quant.inputs_per_group(spec),
+        activations=quant.activations,
+        outliers=_take_outliers(spec, tensors),
+        input_groups=_take_input_groups(spec, quant, tensors),
+    )
+
+
+def _take_outliers(spec: LayerSpec, tensors: Mapping[str, Tensor]) -> Outliers | None:
+    stem, (rows, columns) = _stem(spec), spec.shape
+    found = tensors.get(f"{stem}.outlier_index")
+    if found is None:
+        return None
+    index = take(spec, tensors, f"{stem}.outlier_index", torch.int32, (found.numel(),)).to(torch.int64)
+    if not bool((index.diff() > 0).all()) or bool((index < 0).any()) or bool((index >= columns).any()):
+        raise UserError(f"{stem}.outlier_index: wanted sorted numbers from 0 to {columns - 1}, no two alike")
+    weight = take(spec, tensors, f"{stem}.outlier_weight", None, (rows, len(index)))
+    return Outliers(index, weight.float())
+
+
+def _take_input_groups(spec: LayerSpec, quant: QuantSpec, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    if quant.activations is None or quant.activations.groups == 1:
+        return None
+    name, count = f"{_stem(spec)}.input_group", quant.activations.groups
+    groups = take(spec, tensors, name, torch.uint8, (spec.shape[1],))
+    if int(groups.max()) >= count:
+        raise UserError(
+            f"{name}: group {int(groups.max())} of {count}; configuration and weights do not belong together"
+        )
+    return groups
 
 
 def take_rows(spec: LayerSpec, quant: QuantSpec, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
@@ -135,7 +184,9 @@ def nbytes(spec: LayerSpec, quant: QuantSpec | None) -> int:
         return spec.numel * size
     scales = spec.shape[0] * quant.groups(spec)
     zeros = scales * size if quant.float_zero else 0 if quant.symmetric else count_bytes(scales, quant.bits)
-    return count_bytes(spec.numel, quant.bits) + scales * scale_dtype(spec.dtype).itemsize + zeros
+    several = quant.activations is not None and quant.activations.groups > 1
+    kept = quant.outliers * (4 + spec.shape[0] * size) + (spec.shape[1] if several else 0)
+    return count_bytes(spec.numel, quant.bits) + scales * scale_dtype(spec.dtype).itemsize + zeros + kept
 
 
 def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[str, Any] | None:
@@ -155,6 +206,8 @@ def quantization_config(layers: Layers, untouched: Sequence[LayerSpec]) -> dict[
             entry["float_zero"] = True
         if spec.index is not None:
             entry["index"] = spec.index
+        if quant.activations is not None:
+            entry["activations"] = asdict(quant.activations)
         if spec.tied:
             entry["tied"] = list(spec.tied)
         table[spec.name] = entry
@@ -174,7 +227,7 @@ def list_layers(
     for name, entry in read_setting(config, "layers", dict, "quantization_config").items():
         spec = _read_spec(name, entry)
         stem = _stem(spec)
-        names = (f"{stem}.codes", f"{stem}.scale", f"{stem}.zero")
+        names = tuple(f"{stem}.{leaf}" for leaf in LEAVES)
         found.append((spec, tuple(tensor for tensor in names if tensor in headers)))
     return found
 
@@ -220,6 +273,17 @@ def _read_spec(name: str, entry: Any) -> LayerSpec:
     return LayerSpec(name, (shape[0], shape[1]), dtype, kind, parameter, index, tuple(map(str, tied)))
 
 
+def _read_rule(entry: Mapping[str, Any], where: str) -> ActivationRule | None:
+    if "activations" not in entry:
+        return None
+    rule = read_setting(entry, "activations", dict, where)
+    bits, groups = (read_setting(rule, key, int, f"{where}.activations") for key in ("bits", "groups"))
+    threshold = rule.get("threshold")
+    if not isinstance(threshold, float | int) or not 0 <= threshold < float("inf") or bits != 8 or groups < 1:
+        raise UserError(f"{where}.activations: {rule} is not a rule that this compress knows")
+    return ActivationRule(bits, float(threshold), groups)
+
+
 def _read_quant(spec: LayerSpec, config: Mapping[str, Any]) -> QuantSpec:
     where = f"quantization_config.layers.{spec.name}"
     entry = read_setting(config, "layers", dict, "quantization_config").get(spec.name)
@@ -230,6 +294,7 @@ def _read_quant(spec: LayerSpec, config: Mapping[str, Any]) -> QuantSpec:
         read_setting(entry, "group_size", int, where),
         read_setting(entry, "symmetric", bool, where),
         bool(entry.get("float_zero", False)),
+        _read_rule(entry, where),
     )
     reason = (
         carries(spec, quant, "") if quant.group_size == -1 or quant.group_size > 0 else "group_size is not positive"
