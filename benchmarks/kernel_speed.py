@@ -1,6 +1,6 @@
 """Single matrix products: our packed weights beside dense ones, in one run, in turn; medians.
 
-``python benchmarks/kernels.py [--rounds 7] [--shapes 4096x4096 ...] [--tokens 1 8 ...]``; writes
+``python benchmarks/kernel_speed.py [--rounds 7] [--shapes 4096x4096 ...] [--tokens 1 8 ...]``; writes
 ``benchmarks/results/kernels.json``. Shapes are out x in features; activations are bf16, weights in groups of 64.
 
 At one token a product is as fast as its weight can be read: the table gives bytes of codes, scales and zeros per second
