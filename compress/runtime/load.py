@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from compress.errors import UserError
+from compress.runtime.report import LoadReport
 from compress.storage.checkpoint import Checkpoint
 from compress.storage.formats.base import CodedWeight, Format, find_rounding, load_format
 from compress.types import LayerSpec
 from compress.walk.layers import Rounding, install_rounding
 
+Kernels = Literal["auto", "reference", "require", "off"]
 FORMATS = {  # quant_method -> file
     "gptq": "gptq",
     "compressed-tensors": "compressed_tensors",
@@ -29,19 +31,34 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    kernels: Kernels = "auto",
 ) -> Any:
-    """The model in ``folder``, in eval mode.
+    """The model in ``folder``, in eval mode; ``model.compress_report`` says what became of its layers.
 
-    Dense folders, and those of stock formats whose packages are installed, load by ``from_pretrained``. Otherwise (the
-    native format, or a package is missing) our own decoding fills the dense model: the same weights, without the saving
-    in memory. Raises UserError for a folder that is damaged, or that has weights the model doesn't know.
+    On a CPU, weights stay packed and our kernels multiply with them; a layer that they can't take is dense, and named
+    in the report. ``kernels``: ``auto`` uses them where they are built, ``require`` raises UserError where not,
+    ``reference`` computes the same in plain PyTorch (slow), ``off`` makes a dense model of the decoded weights.
+    Without kernels (and on other devices), folders of stock formats whose packages are installed load by
+    ``from_pretrained``, others are decoded. Dense folders always load by ``from_pretrained``.
+    Raises UserError for a folder that is damaged, or that has weights the model doesn't know.
     """
     checkpoint = Checkpoint(folder)
     checkpoint.check()
     form = find_format(checkpoint)
-    if form is None or loads_with_stock(form):
+    if form is None:
         return _load_stock(checkpoint, dtype, device, trust_remote_code)
-    return load_decoded(checkpoint, form, dtype, device, trust_remote_code)
+    from compress.runtime.swap import choose
+
+    choice = choose(kernels, torch.device(device))
+    if choice.why_dense is None and hasattr(form, "unpack"):
+        return _load_packed(checkpoint, form, dtype, trust_remote_code, kernels)
+    if kernels != "off" and loads_with_stock(form):
+        return _load_stock(checkpoint, dtype, device, trust_remote_code)
+    model = load_decoded(checkpoint, form, dtype, device, trust_remote_code)
+    names = [spec.name for spec, _ in form.list_layers(checkpoint.headers, checkpoint.config["quantization_config"])]
+    why = choice.why_dense or f"{form.NAME} has no kernel yet"
+    model.compress_report = LoadReport(decoded=dict.fromkeys(names, why))
+    return model
 
 
 def loads_with_stock(form: Format) -> bool:
@@ -198,6 +215,29 @@ def pick_dtype(config: Any, dtype: str | torch.dtype) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise UserError(f"dtype {dtype!r} is unknown; use auto, bfloat16, float16 or float32")
     return found
+
+
+def _load_packed(
+    checkpoint: Checkpoint, form: Format, dtype: str | torch.dtype, trust_remote_code: bool, kernels: Kernels
+) -> Any:
+    """Through Transformers with our quantizer, whatever the format: layers are packed one by one as they were read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from compress.runtime import quantizer
+
+    quantizer.register()
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    pick_dtype(config, dtype)
+    wrapped = quantizer.CompressConfig(**checkpoint.config["quantization_config"])
+    wrapped.form, wrapped.kernels = form.__name__.rpartition(".")[2], kernels  # type: ignore[attr-defined]
+    wrapped.weights_file = checkpoint.entry
+    config.quantization_config = wrapped
+    model, found = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    _refuse_lost(checkpoint, found)
+    return model.eval()
 
 
 def _load_stock(

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import UserError
+from compress.runtime.fuse import fuse
 from compress.runtime.load import Kernels
 from compress.runtime.merge import merge_siblings
 from compress.runtime.save import attach_saving, read_encoded
@@ -84,6 +85,8 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
         report = finish(model, self.form, self.quantization_config.config, choice)
         if not choice.reference and choice.why_dense is None:
             report.merged = merge_siblings(model)
+            report.not_fused = fuse(model.base_model)
+            report.fused = [] if report.not_fused else [name for name, _ in model.base_model.layers.named_children()]
         model.compress_report = report
         attach_saving(model, self.source, guarded=self.form.PREFIX != "model")
         return model

@@ -14,6 +14,7 @@ class LoadReport:
     decoded: dict[str, str] = field(default_factory=dict)  # name -> why it is dense
     merged: list[tuple[str, ...]] = field(default_factory=list)  # siblings computed in one call
     fused: list[str] = field(default_factory=list)  # blocks whose decode step is one call
+    not_fused: str | None = None  # why there are none
 
     def __str__(self) -> str:
         reasons = sorted(set(self.decoded.values()))

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from compress.errors import UserError
 from compress.numerics.panels import Panels
 from compress.runtime.embedding import QuantEmbedding, find_factor
+from compress.runtime.int8_linear import make_int8_linear
 from compress.runtime.linear import WeightLinear, pack_coded
-from compress.runtime.load import Kernels
+from compress.runtime.load import Kernels, make_rounding
 from compress.runtime.report import LoadReport
 from compress.runtime.stored import Stored, StoredExperts, list_stored, set_module
-from compress.storage.formats.base import Format
+from compress.storage.formats.base import CodedWeight, Format
+from compress.walk.layers import install_rounding
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ def _make_layer(
     report: LoadReport,
     shared: dict[str, Panels | Tensor],
 ) -> nn.Module:
-    plain, order = stored.plain, None
+    plain, bias, order = stored.plain, _find_bias(stored), None
     packed: Panels | Tensor
     if stored.twin_of is not None:
         packed, why = shared[stored.twin_of], report.decoded.get(stored.twin_of, "")
     else:
         coded = form.unpack(stored.spec, stored.tensors(), config)
+        if coded.activations is not None or coded.outliers is not None:
+            return _make_rounded(name, stored, form, coded, bias, choice, report)
         got = choice.why_dense or pack_coded(coded)
         if isinstance(got, str):
             packed, why = coded.dequantize().to(stored.dtype), got
@@ -90,7 +94,6 @@ def _make_layer(
     factor = find_factor(plain) if isinstance(plain, nn.Embedding) else None
     if isinstance(packed, Panels) and isinstance(factor, str):
         packed, why = WeightLinear(packed, dtype=stored.dtype).weight, factor
-    bias = _find_bias(stored)
     if isinstance(packed, Panels):
         report.on_kernels.append(name)
         if isinstance(plain, nn.Embedding):
@@ -99,6 +102,27 @@ def _make_layer(
         return WeightLinear(packed, bias, order, stored.dtype, choice.reference)
     report.decoded[name] = why
     return _make_dense(plain, packed, bias)
+
+
+def _make_rounded(
+    name: str,
+    stored: Stored,
+    form: Format,
+    coded: CodedWeight,
+    bias: Tensor | None,
+    choice: Choice,
+    report: LoadReport,
+) -> nn.Module:
+    """A layer whose input is rounded: on the int8 kernels, else dense with the rounding put in front."""
+    layer = choice.why_dense or make_int8_linear(coded, bias, stored.dtype, choice.reference)
+    if not isinstance(layer, str):
+        report.on_kernels.append(name)
+        return layer
+    report.decoded[name] = layer
+    dense = _make_dense(stored.plain, coded.dequantize().to(stored.dtype), bias)
+    if coded.activations is not None:
+        install_rounding(dense, make_rounding(form, coded))
+    return dense
 
 
 def _find_bias(stored: Stored) -> Tensor | None:
