@@ -9,20 +9,23 @@ JOBS ?= 2
 # One thread per test process: tiny products on several threads spend their time waiting for each other.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo test lint types bench bench-peers bench-quality format clean help
+# What the installation is made from: a change of any of it builds the compiled kernels again.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard cpu/*)
+
+.PHONY: demo test lint types bench bench-peers bench-quality sanitize format clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-# Stamps: made again whenever pyproject.toml changes.
+# Stamps: made again whenever something changes that is compiled or says what to install.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
@@ -57,6 +60,15 @@ bench-peers: $(VENV)/.installed-demo  ## time beside GPTQModel; PEER is the Pyth
 
 bench-quality: $(VENV)/.installed-demo  ## perplexity of the shipped recipes; CORPUS is a folder with WikiText-2
 	$(BIN)/python benchmarks/quality.py --corpus $(CORPUS)
+
+# Leaks aren't looked for: Python and PyTorch keep much until the process ends.
+sanitize: $(VENV)/.installed-test  ## the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m pip install --quiet 'cmake>=3.18' 'nanobind>=2.4,<4'
+	$(BIN)/cmake -S . -B build/sanitize -DCOMPRESS_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(OFFLINE) \
+	$(BIN)/python tests/sanitized.py build/sanitize -q $(or $(PYTEST),tests/kernels)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache

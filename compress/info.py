@@ -1,4 +1,4 @@
-"""What this machine and installation have: versions, CPU features, devices, packages of the formats, memory, disk."""
+"""What this machine and installation have: versions, CPU features, kernels, devices, formats' packages, memory, disk."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     import compress
+    from compress.kernels import library
     from compress.plan_memory import measure_free
 
     disk = shutil.disk_usage(Path.cwd())
@@ -28,6 +29,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: find_version(name) for name in PACKAGES},
         "cpu": {"name": cpu_name(), "cores": psutil.cpu_count(logical=False), "threads": torch.get_num_threads()},
         "cpu_features": cpu_features(),
+        "kernels": library.describe(),
         "devices": describe_devices(),
         "formats": describe_formats(),
         "memory": {"total": int(psutil.virtual_memory().total), "free": measure_free()},
@@ -90,12 +92,15 @@ def describe_formats() -> dict[str, dict[str, str | None]]:
 
 def render(info: dict[str, Any]) -> str:
     """Lines for people."""
+    from compress.kernels import library
+
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in info["packages"].items())
     lines = [
         f"compress  {info['compress']}, Python {info['python']}, {info['system']}",
         f"packages  {packages}",
         f"cpu       {info['cpu']['name']}, {info['cpu']['cores']} cores, {info['cpu']['threads']} threads in use",
         f"          features: {' '.join(info['cpu_features']) or 'unknown'}",
+        *(f"kernels   {line}" for line in library.render(info["kernels"])),
         *(f"device    {name}" for name in info["devices"]),
     ]
     for name, needed in info["formats"].items():

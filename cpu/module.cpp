@@ -51,10 +51,6 @@ NB_MODULE(_cpu, module) {
   module.def("set_thread_count", &set_thread_count);
   module.def("count_threads", &count_threads, "How many threads run_parallel gives when asked for so many.");
   bind_weight(module);
-#ifdef COMPRESS_BIND_int8
   bind_int8(module);
-#endif
-#ifdef COMPRESS_BIND_decode
   bind_decode(module);
-#endif
 }

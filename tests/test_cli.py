@@ -99,9 +99,10 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["torch"]
     assert found["formats"]["native"] == {"compress": found["compress"]}
     assert found["formats"]["dense"] == {}
+    assert found["kernels"]["library"] or "compiler" in found["kernels"]["problem"]
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "cpu", "memory", "disk", "format    compressed-tensors"):
+    for word in ("torch", "cpu", "kernels   ", "memory", "disk", "format    compressed-tensors"):
         assert word in text
     absent = {**found, "formats": {"odd": {"no-such-package": info.find_version("no-such-package")}}}
     assert "odd: loading it needs pip install no-such-package" in info.render(absent)

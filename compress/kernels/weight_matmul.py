@@ -111,14 +111,16 @@ def _name_strided(codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tenso
     return f"weight_matmul: weights must be contiguous; {wrong}; call .contiguous()"
 
 
+def _check_devices(x: Tensor, *others: Tensor | None) -> None:
+    for tensor in others:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"weight_matmul: all tensors must be on one device, got {tensor.device} beside {x.device}")
+
+
 def _check_addresses(*tensors: Tensor | None) -> None:
-    """On a CPU: every tensor there, and where its dtype may lie (the native code checks for itself)."""
+    """On a CPU: every tensor lies where its dtype may (the native code checks for itself)."""
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if not tensor.is_cpu:
-            raise ValueError(f"weight_matmul: all tensors must be on one device, got {tensor.device} beside cpu")
-        if tensor.data_ptr() % tensor.element_size():
+        if tensor is not None and tensor.data_ptr() % tensor.element_size():
             raise ValueError(
                 f"weight_matmul: {_tell(tensor)} is misaligned: its address {tensor.data_ptr()} is not a multiple of "
                 f"{tensor.element_size()}; call .clone()"
@@ -137,6 +139,9 @@ def reference(
 ) -> Tensor:
     """Plain PyTorch on any device: weight and sums in float32, rounded to x's dtype at the end."""
     check(x, codes, scale, zero, bias, bits, group_size, out_features)
+    _check_devices(x, codes, scale, zero, bias)
+    if x.is_cpu:
+        _check_addresses(x, codes, scale, zero, bias)
     shape = (out_features, codes.shape[1] // bits * RUN)
     weight = dequantize_panels(Panels(codes, scale, zero, bits, group_size, shape))
     with torch.autocast(x.device.type, enabled=False):
@@ -156,7 +161,6 @@ def _on_cpu(
 ) -> Tensor:
     native = library.active()
     if native is None:
-        _check_addresses(x, codes, scale, zero, bias)
         return reference(x, codes, scale, zero, bias, bits, group_size, out_features)
     check(x, codes, scale, zero, bias, bits, group_size, out_features)
     columns = x.shape[-1]
@@ -165,7 +169,7 @@ def _on_cpu(
     if tokens == 0:
         return y
     if not (x.is_cpu and codes.is_cpu and scale.is_cpu):
-        _check_addresses(x, codes, scale)
+        _check_devices(x, codes, scale)
     if not x.is_contiguous():
         x = _make_rows(x, columns)
     kind = TYPES[x.dtype]
@@ -177,6 +181,7 @@ def _on_cpu(
         x, stride = (x if x.is_contiguous() else x.contiguous()), columns
         if kind != 2 or not native.multiplies_pairs():
             y2 = y.view(tokens, out_features)
+            _check_addresses(x, bias)
             _multiply_slices(native, x.view(tokens, columns), (*layer, *size), bias, y2, threads)
             return y
     place = (x.data_ptr(), kind, stride, tokens, y.data_ptr(), kind, out_features)
@@ -189,7 +194,7 @@ def _locate(tensor: Tensor | None) -> tuple[int, int]:
     if tensor is None:
         return 0, 0
     if not tensor.is_cpu:
-        _check_addresses(tensor)
+        raise ValueError(f"weight_matmul: all tensors must be on one device, got {tensor.device} beside cpu")
     return tensor.data_ptr(), TYPES[tensor.dtype]
 
 
@@ -208,15 +213,14 @@ def _multiply_slices(
     panels = count_panels(rows)
     step = max(1, min(panels, SLICE_BYTES // (LANES * columns * dtype.itemsize)))
     buffer = torch.empty((step * LANES, columns), dtype=dtype)
-    x = x.to(dtype)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     for first in range(0, panels, step):
         last = min(first + step, panels)
         native.weight_rows(*layer, buffer.data_ptr(), TYPES[dtype], first, last, threads)
         begin, end = first * LANES, min(last * LANES, rows)
-        part = torch.mm(x, buffer[: end - begin].t())
-        if bias is not None:
-            part += bias[begin:end]
-        y[:, begin:end] = part
+        part = None if bias is None else bias[begin:end]
+        with torch.autocast("cpu", enabled=False):
+            y[:, begin:end] = torch.nn.functional.linear(x, buffer[: end - begin], part)
 
 
 def _elsewhere(
@@ -246,6 +250,7 @@ def _fake(
     out_features: int,
 ) -> Tensor:
     check(x, codes, scale, zero, bias, bits, group_size, out_features)
+    _check_devices(x, codes, scale, zero, bias)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
