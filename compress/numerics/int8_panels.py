@@ -80,7 +80,7 @@ def quantize_rowwise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = weight.float()
     largest = values.abs().amax(1) if values.shape[1] else values.new_zeros(values.shape[0])
-    factor = LARGEST / largest
+    factor = torch.full_like(largest, LARGEST) / largest  # a number / tensor would multiply by the reciprocal
     usable = torch.isfinite(factor) & torch.isfinite(largest)
     codes = torch.where(usable.unsqueeze(1), values * factor.unsqueeze(1), 0.0).round_().to(torch.int8)
     return codes, torch.where(usable | ~torch.isfinite(largest), largest / LARGEST, 0.0)
