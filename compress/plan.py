@@ -11,6 +11,7 @@ import torch
 
 from compress.errors import UserError
 from compress.plan_cost import Costs, estimate_costs, find_needs
+from compress.plan_head import PlannedHead, select_head
 from compress.plan_inputs import (
     check_calibration,
     check_lengths,
@@ -37,10 +38,10 @@ __all__ = ["Plan", "PlannedLayer", "PlannedUnit", "Untouched", "make_plan", "pla
 
 @dataclass(frozen=True)
 class PlannedUnit:
-    """A part of the result: a block, which is one file, or all that is outside the blocks (``layers`` empty)."""
+    """A part of the result: a block, which is one file, or all that is outside the blocks."""
 
     name: str  # "model.layers.0", or "outside"
-    layers: tuple[PlannedLayer, ...]
+    layers: tuple[PlannedLayer, ...]  # outside the blocks: embedding and output head, where the recipe has a head
     bytes_before: int
     bytes_after: int
 
@@ -72,10 +73,11 @@ class Plan:
     max_memory: int | None
     adjusted: Mapping[str, str]  # layer -> what was changed for it
     skipped: Mapping[str, str]  # layer -> why it is left as it is
+    head: PlannedHead  # token embedding and output head
 
     @property
     def layers(self) -> dict[str, PlannedLayer]:
-        """Every layer that has steps, by name, in the order of the model."""
+        """Every layer that changes, by name, in the order of the model; embedding and output head come last."""
         return {layer.spec.name: layer for unit in self.units for layer in unit.layers}
 
     @property
@@ -103,9 +105,10 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the compressed layers, with scales and zeros."""
-        numel = sum(layer.spec.numel for layer in self.layers.values())
-        return 8 * sum(layer.nbytes for layer in self.layers.values()) / numel if numel else 0.0
+        """Of the compressed layers in the blocks, with scales and zeros."""
+        layers = [layer for unit in self.units[:-1] for layer in unit.layers]
+        numel = sum(layer.spec.numel for layer in layers)
+        return 8 * sum(layer.nbytes for layer in layers) / numel if numel else 0.0
 
     @property
     def untouched(self) -> tuple[Untouched, ...]:
@@ -195,11 +198,14 @@ def make_plan(
     specs = skeleton.specs()
     others = {key: reason for key, reason in others.items() if key not in {spec.name for spec in specs}}
     others.update(_tied_names(skeleton))
+    for parameter in (name for spec in skeleton.head_specs() for name in (spec.parameter, *spec.tied)):
+        others[parameter.removesuffix(".weight")] += "; the recipe's key head: is for it"
     selection = select_layers(recipe, specs, others)
     arch = str(skeleton.config.model_type)
     chosen = {layer.spec.name for layer in selection.layers}
-    form = choose_format(recipe.format, selection.layers, [spec for spec in specs if spec.name not in chosen], arch)
-    layers = [replace(one, nbytes=load_format(form).nbytes(one.spec, one.quant)) for one in selection.layers]
+    every = [*selection.layers, *select_head(recipe, skeleton)]
+    form = choose_format(recipe.format, every, [spec for spec in specs if spec.name not in chosen], arch)
+    layers = [replace(one, nbytes=load_format(form).nbytes(one.spec, one.quant)) for one in every]
     coverage = _explain_skipped(skeleton, layers, selection.skipped)
     units = _make_units(skeleton, layers, coverage)
     if checkpoint is not None:
@@ -225,6 +231,7 @@ def make_plan(
         limit,
         selection.adjusted,
         selection.skipped,
+        PlannedHead(tuple(skeleton.head_specs()), units[-1].layers),
     )
 
 
@@ -260,4 +267,6 @@ def _make_units(skeleton: Skeleton, layers: list[PlannedLayer], coverage: list[C
         units.append(PlannedUnit(prefix, chosen, before, kept + sum(layer.nbytes for layer in chosen)))
     total = size * sum(row.numel for row in coverage)
     outside = total - sum(unit.bytes_before for unit in units)
-    return (*units, PlannedUnit("outside", (), outside, outside))
+    head = tuple(layer for layer in layers if layer.spec.kind in ("embedding", "head"))
+    saved = sum(size * layer.spec.numel - layer.nbytes for layer in head)
+    return (*units, PlannedUnit("outside", head, outside, outside - saved))

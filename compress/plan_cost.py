@@ -13,7 +13,7 @@ from compress.errors import UserError
 from compress.plan_memory import BlockShape, Memory, Workload, group_layers, measure_free, peak_bytes, spill_bytes
 from compress.plan_select import PlannedLayer, load_method
 from compress.plan_table import size
-from compress.prepare import PROBE_TOKENS
+from compress.prepare import HEAD_TOKENS, PROBE_TOKENS
 from compress.recipe import Recipe
 from compress.types import LayerSpec
 from compress.walk.memory import estimate_live_bytes, estimate_running_bytes
@@ -90,6 +90,7 @@ def describe_work(
         grams_at_once=not all(sequential),
         suspend=all(sequential),
         windows_in_memory=in_memory,
+        head_bytes=max((itemsize * layer.spec.numel for layer in units[-1].layers), default=0),
     )
 
 
@@ -132,8 +133,13 @@ def estimate_seconds(
         seconds["evaluation"] = (
             2 * plan_time.forward_flops(active, measured, recipe.eval.tokens, attended) / forward_rate
         )
+    rounded = sum(layer.spec.numel for layer in units[-1].layers)
+    if rounded:  # with a pass of the dense model that shows the head's input
+        seconds["forward"] += plan_time.forward_flops(active, HEAD_TOKENS) / forward_rate
+        seconds["methods"] += plan_time.search_seconds(rounded)
     read, written = sum(unit.bytes_before for unit in units), sum(unit.bytes_after for unit in units)
-    seconds["disk"] = plan_time.disk_seconds(read, written + spill_bytes(work) * len(skeleton.blocks))
+    written += spill_bytes(work) * len(skeleton.blocks)
+    seconds["disk"] = plan_time.disk_seconds(2 * read if rounded else read, written)
     return seconds
 
 

@@ -71,14 +71,15 @@ def default_output(model: str, recipe: Recipe) -> Path:
 
 def check_calibration(recipe: Recipe, needs: frozenset[str], folder: Path) -> None:
     """A method that wants data, and eval, need a tokenizer beside the model and a corpus that exists."""
-    if not needs and recipe.eval is None:
+    if not needs and recipe.eval is None and recipe.head is None:
         return
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    texts = needs or recipe.eval is not None  # for the head alone random tokens do
+    if texts and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         who = "the recipe's calibration" if needs else "eval"
         instead = "use rtn with eval: null, which needs no text" if needs else "set eval: null"
         wanted = ", ".join(TOKENIZER_FILES[:3])
         raise UserError(f"{folder}: no tokenizer ({wanted} ...), but {who} needs one; add it or {instead}")
-    if needs:
+    if needs or recipe.head is not None:
         check_corpus(recipe.calibration.corpus, "calibration.corpus")
     if recipe.eval is not None:
         check_corpus(recipe.eval.corpus, "eval.corpus")

@@ -73,6 +73,7 @@ class Workload:
     grams_at_once: bool  # all of a block's Gram matrices live together (not true-sequential)
     suspend: bool  # all windows wait in the block at once
     windows_in_memory: bool  # hidden states are kept in memory, not on disk
+    head_bytes: int = 0  # the larger one of embedding and head that are compressed, as it was
 
 
 def measure_base() -> int:
@@ -113,6 +114,9 @@ def peak_bytes(work: Workload, base: int | None = None) -> Memory:
         known = phases.get("blocks")
         if known is None or sum(terms.values()) > sum(known.values()):
             phases["blocks"] = terms
+    if work.head_bytes:
+        copies = int(COPIES_FREE * CHUNK * FLOAT)
+        phases["head"] = {"embedding or head and its written form": 2 * work.head_bytes, "working copies": copies}
     phases["outside"] = {"largest tensor outside the blocks": 2 * work.largest_outside_bytes}
     return Memory(measure_base() if base is None else base, phases)
 

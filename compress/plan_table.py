@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from compress.plan_head import OFFERED_SHARE
+
 if TYPE_CHECKING:
     from compress.plan import Plan
     from compress.plan_select import PlannedLayer
@@ -40,7 +42,7 @@ def _layer_table(plan: Plan) -> Table:
         one, count = row[0], len(row)
         quant = one.quant
         group = "" if quant is None else "row" if quant.group_size == -1 else str(quant.group_size)
-        steps = "+".join(step.method for step in one.steps)
+        steps = "+".join(step.method for step in one.steps) or one.spec.kind
         bits, stored = "" if quant is None else str(quant.bits), f"{one.bits_per_weight:.2f} bit"
         shape = f"{one.spec.shape[0]} x {one.spec.shape[1]}"
         table.add_row(_pattern(one.spec.name), str(count), shape, steps, bits, group, stored, size(count * one.nbytes))
@@ -75,7 +77,8 @@ def _summary(plan: Plan) -> list[str]:
         f"format   {plan.format.replace('_', '-')}, {str(plan.dtype).removeprefix('torch.')}",
         f"size     {size(plan.bytes_before)} -> {size(plan.bytes_after)}"
         f" ({percent(plan.bytes_after / max(plan.bytes_before, 1))}),"
-        f" {plan.bits_per_weight:.2f} bits per compressed weight",
+        f" {plan.bits_per_weight:.2f} bits per compressed weight{' in the blocks' if plan.head.layers else ''}",
+        *_head_lines(plan),
         f"memory   {size(plan.peak_bytes)} at the peak (process {size(plan.memory.base)}"
         + "".join(f", {name} {size(value)}" for name, value in plan.memory.largest() if value)
         + ")",
@@ -93,6 +96,23 @@ def _summary(plan: Plan) -> list[str]:
     for name, what in _first_of_each(plan.skipped).items():
         lines.append(f"skipped  {name}: {what}")
     return [line.replace(" ()", "") for line in lines]
+
+
+def _head_lines(plan: Plan) -> list[str]:
+    """What becomes of embedding and output head; nothing where they stay as they are and are small."""
+    head, names = plan.head, " and ".join(spec.name for spec in plan.head.specs)
+    if head.layers:
+        change = f"{size(head.bytes_before)} -> {size(head.bytes_after)}, {head.bits_per_weight:.2f} bits per weight"
+        return [f"head     {names}: {change}"]
+    share = head.bytes_after / max(plan.bytes_after, 1)
+    if head.offer is None or share < OFFERED_SHARE:
+        return []
+    offered, saved = head.offer
+    words = f"--set head.bits={offered.bits}"
+    words += "" if offered.group_size > 0 else " --set head.group_size=-1"
+    words += "" if plan.format == "native" or plan.recipe.format == "auto" else " --set format=native"
+    return [f"head     {names}: {size(head.bytes_after)} left as they are, {percent(share)} of the result; {words} "
+            f"saves {size(saved)}"]  # fmt: skip
 
 
 def _first_of_each(notes: Any) -> dict[str, str]:
@@ -133,6 +153,12 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
         "bits_per_weight": plan.bits_per_weight,
+        "head": {
+            "layers": [one.spec.name for one in plan.head.layers],
+            "bytes_before": plan.head.bytes_before,
+            "bytes_after": plan.head.bytes_after,
+            "bits_per_weight": plan.head.bits_per_weight or None,
+        },
         "peak_bytes": plan.peak_bytes,
         "memory": {"base": plan.memory.base, **{name: dict(terms) for name, terms in plan.memory.phases.items()}},
         "max_memory": plan.max_memory,

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from compress.eval import corpus as corpora
 from compress.eval.windows import cut_windows
 from compress.recipe import Recipe
 
-PROBE_CHARACTERS = 8192  # of the test text that are tokenized for the probe
+CHARACTERS = 32  # of the text that are tokenized for each token that is wanted
+HEAD_TOKENS = 512  # of calibration text that show which features of the output head's input are large
 PROBE_TOKENS = 256  # held-out tokens that every run sends along: error per layer, and the check after writing
 
 
@@ -27,6 +28,7 @@ class Texts:
     windows: Sequence[Tensor]
     probe: Tensor
     protocol: dict[str, Any] = field(default_factory=dict)
+    head: Tensor | None = None  # where the recipe has a head: calibration tokens that show what its input is like
 
     @property
     def all(self) -> list[Tensor]:
@@ -36,7 +38,7 @@ class Texts:
     def digest(self) -> str:
         """SHA-256 (hex) of all token ids."""
         sha = hashlib.sha256()
-        for ids in self.all:
+        for ids in [*self.all, *([] if self.head is None else [self.head])]:
             sha.update(ids.to(torch.int64).numpy().tobytes() + b"|")
         return sha.hexdigest()
 
@@ -68,11 +70,20 @@ def make_texts(recipe: Recipe, tokenizer: Any | None, calibrated: bool, vocabula
                 "calibration wants text, and the model has no tokenizer; add one, or use rtn, which needs no data"
             )
         generator = torch.Generator().manual_seed(recipe.seed)
-        return Texts((), torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator), {"probe": "random tokens"})
+        probe = torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator)
+        protocol: dict[str, Any] = {"probe": "random tokens"}
+        if recipe.head is None:
+            return Texts((), probe, protocol)
+        seen = torch.randint(vocabulary, (PROBE_TOKENS,), generator=generator)
+        return Texts((), probe, {**protocol, "head": "random tokens"}, seen)
     wanted = recipe.calibration
-    probe, protocol = _cut_probe(recipe, tokenizer)
+    probe, protocol = _cut_part(recipe, tokenizer, "test", PROBE_TOKENS)
+    protocol = {"probe": protocol}
+    head: Tensor | None = None
+    if recipe.head is not None:
+        head, protocol["head"] = _cut_part(recipe, tokenizer, "calibration", HEAD_TOKENS)
     if not calibrated:
-        return Texts((), probe, {"probe": protocol})
+        return Texts((), probe, protocol, head)
     windows = cut_windows(
         corpora.load(wanted.corpus, "calibration"),
         tokenizer,
@@ -80,14 +91,20 @@ def make_texts(recipe: Recipe, tokenizer: Any | None, calibrated: bool, vocabula
         count=wanted.samples,
         seed=wanted.seed,
     )
-    return Texts(list(windows.ids), probe, {"probe": protocol, "calibration": windows.protocol()})
+    return Texts(list(windows.ids), probe, {**protocol, "calibration": windows.protocol()}, head)
 
 
-def _cut_probe(recipe: Recipe, tokenizer: Any) -> tuple[Tensor, dict[str, Any]]:
-    """The first tokens of the test part, as many as there are up to ``PROBE_TOKENS`` and a calibration window."""
-    corpus = corpora.load(recipe.eval.corpus if recipe.eval is not None else recipe.calibration.corpus, "test")
-    start = replace(corpus, text=corpus.text[:PROBE_CHARACTERS])  # tokenizing all of it would take memory and seconds
+def _cut_part(
+    recipe: Recipe, tokenizer: Any, part: Literal["calibration", "test"], tokens: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """The first tokens of a part, as many as there are up to ``tokens`` and a calibration window.
+
+    The test part is that of the evaluation's corpus, if there is one.
+    """
+    tested = part == "test" and recipe.eval is not None
+    corpus = corpora.load(recipe.eval.corpus if tested and recipe.eval else recipe.calibration.corpus, part)
+    start = replace(corpus, text=corpus.text[: CHARACTERS * tokens])  # tokenizing all of it would take long
     held = len(tokenizer(start.text, verbose=False)["input_ids"])
-    length = max(2, min(PROBE_TOKENS, recipe.calibration.tokens, held))
+    length = max(2, min(tokens, recipe.calibration.tokens, held))
     windows = cut_windows(start, tokenizer, tokens=length, count=1)
     return windows.ids[0], windows.protocol()

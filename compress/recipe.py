@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
 
 from compress import recipe_yaml
 from compress.errors import UserError
@@ -54,6 +54,25 @@ class Eval(_Part):
     tokens: int = Field(default=2048, ge=2)
 
 
+class Head(_Part):
+    """The token embedding and the output head, rounded to the nearest point of a grid whose range is searched for.
+
+    Where they are one matrix (tied), it is stored once, for both. Only the native format carries them.
+    """
+
+    bits: Literal[2, 3, 4, 8] = 8
+    group_size: int = 64  # consecutive features that share a scale and a zero; -1 = a whole row
+    symmetric: bool = False  # zero in the middle of the grid instead of a zero per group
+    layers: Literal["both", "head", "embedding"] = "both"  # which of the two, where they are two
+
+    @field_validator("group_size")
+    @classmethod
+    def _check_group_size(cls, value: int) -> int:
+        if value < -1 or value == 0:
+            raise ValueError("a positive number of features, or -1 for a whole row")
+        return value
+
+
 class Step(_Part):
     """One method on the layers that match ``include`` and not ``exclude`` (globs over full layer names).
 
@@ -82,6 +101,7 @@ class Recipe(_Part):
     name: str | None = None  # what the recipe is called; a file's name unless it says otherwise
     model: str | None = None  # hub id, folder, GGUF file or demo name; the command line may give it instead
     steps: tuple[Step, ...] = Field(min_length=1)
+    head: Head | None = None  # None: embedding and output head stay as they are
     calibration: Calibration = Calibration()
     eval: Eval | None = Eval()
     format: str = "compressed-tensors"  # a file of compress/storage/formats, or "auto": the first that can carry it
@@ -120,6 +140,8 @@ class Recipe(_Part):
         """
         data = {key: value for key, value in self.to_dict().items() if key not in ("name", "model", "output", "eval")}
         data["format"] = self.format.replace("_", "-")
+        if self.head is None:
+            del data["head"]  # recipes from before there was one keep their digest
         text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -182,7 +204,7 @@ def _check_recipe(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem
     """The fields as models, and everything that is wrong; with problems the fields are of no use."""
     fields = dict(data)
     problems: list[Problem] = []
-    parts: tuple[tuple[str, type[_Part]], ...] = (("calibration", Calibration), ("eval", Eval))
+    parts: tuple[tuple[str, type[_Part]], ...] = (("calibration", Calibration), ("eval", Eval), ("head", Head))
     for key, model in parts:
         inner = fields.get(key)
         if isinstance(inner, Mapping):
@@ -271,4 +293,6 @@ def _find_places() -> dict[str, str]:
     for key, users in of_method.items():
         some = "" if users == methods else f" with method {' or '.join(users)}"
         found.setdefault(key, []).append(f"in a step{some} (steps.0.{key})")
+    for key in Head.model_fields:  # most are a step's too, and meant for that where they stand in a wrong place
+        found.setdefault(key, ["in head"])
     return {key: " or ".join(places) for key, places in found.items()}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from compress import finish
 from compress.block import BlockTask, Needs, Streams, compress_block
 from compress.errors import UserError
+from compress.head import Head
 from compress.memory import release_memory
 from compress.plan import Plan, as_recipe, make_plan
 from compress.plan_inputs import default_output, pick_dtype
@@ -132,7 +133,8 @@ def compress_units(job: Job, writer: Writer) -> Tensor:
     blocks = job.skeleton.blocks
     done = next((i for i, name in enumerate(blocks) if not writer.has(name)), len(blocks))
     spill = writer.spill_folder()
-    streams, calls = start_streams(job, spill, done)
+    head = Head(job.plan, job.skeleton, job.format, job.texts, writer)
+    streams, calls = start_streams(job, head, spill, done)
     with job.progress.stage("Compressing blocks", len(blocks) - done) as bar:
         for i in range(done, len(blocks)):
             task = make_task(job, i, calls[i], spill)
@@ -146,26 +148,30 @@ def compress_units(job: Job, writer: Writer) -> Tensor:
             del result, state  # before the next block is read
             release_memory()
             bar.advance()
+    head.finish(streams)
     if not all(writer.has(name) for name in writer.units):
         for name, tensor in job.skeleton.outside_tensors():
-            writer.write(name, {name: tensor}, {"layers": []})
+            if not writer.has(name):
+                writer.write(name, {name: tensor}, {"layers": []})
             del tensor  # before the next one is read
-    return probe_logits(job, streams)
+    return probe_logits(job, head, streams)
 
 
-def start_streams(job: Job, spill: Path | None, done: int) -> tuple[Streams, list[dict[int, Call]]]:
-    """The streams in front of block ``done``: embedded anew for the first one, else as a killed run left them."""
-    calls = None
+def start_streams(job: Job, head: Head, spill: Path | None, done: int) -> tuple[Streams, list[dict[int, Call]]]:
+    """The streams in front of block ``done``: embedded anew for the first one, else as a killed run left them.
+
+    Embedding and head are rounded first; the main stream starts from the rounded embedding, the dense one does not.
+    """
     if done == 0:
-        main, calls = capture(job.skeleton, job.texts.all, spill and spill / Streams.file("main", 0), job.plan.device)
+        windows, device = job.texts.all, job.plan.device
+        dense_path = spill and spill / Streams.file("dense", 0)
         dense = None
-        if job.needs.dense_windows:
-            dense = Hidden.create(
-                spill and spill / Streams.file("dense", 0),
-                main.lengths[: job.needs.dense_windows],
-                main.width,
-                main.dtype,
-            )
+        if job.needs.dense_windows and head.changes_embedding:
+            dense, _ = capture(job.skeleton, windows[: job.needs.dense_windows], dense_path, device)
+        head.round()
+        main, calls = capture(job.skeleton, windows, spill and spill / Streams.file("main", 0), device, head.put)
+        if job.needs.dense_windows and dense is None:
+            dense = Hidden.create(dense_path, main.lengths[: job.needs.dense_windows], main.width, main.dtype)
             for n in range(len(dense)):
                 dense.write(n, main.read(n))
             dense.flush()
@@ -189,9 +195,10 @@ def make_task(job: Job, i: int, calls: dict[int, Call], spill: Path | None) -> B
     return BlockTask(i, layers, calls, job.needs, job.plan.scale_dtype, job.plan.suspend, spill, encode, rounding)
 
 
-def probe_logits(job: Job, streams: Streams) -> Tensor:
+def probe_logits(job: Job, head: Head, streams: Streams) -> Tensor:
     """Logits ``(1, T, V)`` of the held-out probe at the end of the compressed blocks: what a reload has to give."""
     model = job.skeleton.load_outside(job.plan.device)
+    head.put(model)
     hidden = streams.main.read(streams.probe, job.plan.device)
     streams.close()
     return finish_forward(model, job.skeleton.blocks, hidden).float().cpu()
@@ -209,7 +216,8 @@ def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progres
     progress.say(plan.render())
     texts = make_texts(recipe, tokenizer, bool(plan.needs), vocabulary(skeleton))
     job = Job(recipe, plan, skeleton, texts, progress, load_format(plan.format))
-    streams, calls = start_streams(job, None, 0)
+    head = Head(plan, skeleton, job.format, texts)
+    streams, calls = start_streams(job, head, None, 0)
     reports: list[dict[str, Any]] = []
     with torch.no_grad(), progress.stage("Compressing blocks", len(skeleton.blocks)) as bar:
         for i in range(len(skeleton.blocks)):
@@ -219,8 +227,9 @@ def compress_model(recipe: Recipe, model: Any, tokenizer: Any, progress: Progres
             for name, rounding in result.roundings.items():
                 install_rounding(model.get_submodule(name), rounding)
             bar.advance()
+    head.finish(streams)
     model.compress_report = finish.report_model(
-        job, reports, finish.Cost(time.monotonic() - started, finish.measure_peak())
+        job, reports + head.list_reports(), finish.Cost(time.monotonic() - started, finish.measure_peak())
     )
     return model
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PhiConfig, PretrainedConfig
 
 from compress.errors import UserError
 from compress.methods import rtn
@@ -172,12 +172,83 @@ def test_patterns_that_match_nothing(llama: Path) -> None:
 
 def test_heads_and_embeddings_are_never_compressed(llama: Path, tied: Path) -> None:
     step = {"method": "rtn", "group_size": 16}
-    assert "'lm_head': lm_head is never compressed (output head)" in mistake(llama, {**step, "include": ["lm_head"]})
+    hint = "the recipe's key head: is for it)"
+    text = mistake(llama, {**step, "include": ["lm_head"]})
+    assert f"'lm_head': lm_head is never compressed (output head; {hint}" in text
     text = mistake(tied, {**step, "include": ["*", "lm_head"]}, calibration={})
     assert text.startswith("steps.0.include 'lm_head': lm_head is never compressed (tied with model.embed_tokens")
+    assert text.endswith(hint)
     assert "never compressed (embedding" in mistake(llama, {**step, "include": ["*embed*"]})
     found = make(tied, step)
     assert {one.reason for one in found.untouched} == {"embedding, tied with lm_head.weight", "norm"}
+
+
+HEAD = {"bits": 8, "group_size": 16}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_embedding_and_head_are_counted_as_the_native_format_writes_them(llama: Path, tied: Path, bits: int) -> None:
+    for folder, names in ((llama, ["model.embed_tokens", "lm_head"]), (tied, ["model.embed_tokens"])):
+        found = make(folder, format="auto", head={**HEAD, "bits": bits})
+        assert found.format == "native", "the first that carries them"
+        assert [layer.spec.name for layer in found.head.layers] == names
+        assert {row.reason for row in found.coverage if row.status == "untouched"} == {"norm"}
+        total = sum(header.nbytes for header in Checkpoint(folder).headers.values())
+        assert 2 * sum(row.numel for row in found.coverage) == total == sum(one.bytes_before for one in found.units)
+        codes, scales, zeros = 97 * 32 * bits // 8, 97 * 2 * 2, -(-97 * 2 * bits // 8)
+        assert found.head.bytes_after == len(names) * (codes + scales + zeros)
+        assert found.head.bytes_before == len(names) * 97 * 32 * 2
+        dense = make(folder, format="native")
+        assert dense.bytes_after - found.bytes_after == found.head.bytes_before - found.head.bytes_after
+        assert dense.bits_per_weight == found.bits_per_weight, "of the blocks, with and without a head"
+        assert f"head     {' and '.join(names)}: {len(names) * 6.2:.1f} kB -> " in found.render()
+        assert found.to_dict()["head"]["bits_per_weight"] == pytest.approx(8 * (codes + scales + zeros) / (97 * 32))
+        assert dense.to_dict()["head"]["bits_per_weight"] is None
+
+
+def test_one_of_the_two_where_they_are_two(llama: Path, tied: Path) -> None:
+    for word, name, left in (("head", "lm_head", "embedding"), ("embedding", "model.embed_tokens", "output head")):
+        found = make(llama, format="native", head={**HEAD, "layers": word})
+        assert [layer.spec.name for layer in found.units[-1].layers] == [name]
+        assert {one.reason for one in found.untouched} == {left, "norm"}
+        text = mistake(tied, format="native", calibration={}, head={**HEAD, "layers": word})
+        assert text.startswith(f"head.layers: got {word!r}, but model.embed_tokens and lm_head are one matrix")
+
+
+def test_a_large_dense_head_is_offered_8_bits(llama: Path, tied: Path) -> None:
+    for folder in (llama, tied):
+        lines = [line for line in make(folder, format="compressed-tensors").render().split("\n") if line[:4] == "head"]
+        assert len(lines) == 1
+        assert "--set head.bits=8 --set head.group_size=-1 --set format=native saves " in lines[0]
+    found = make(llama, format="native", head={"bits": 8, "group_size": -1})
+    saved = make(llama, format="native").bytes_after - found.bytes_after
+    assert f"head.group_size=-1 saves {saved / 1000:.1f} kB" in make(llama, format="native").render()
+    wide = save(llama.parent / "small-head", LlamaConfig(**{**SIZES, "vocab_size": 8, "num_hidden_layers": 4}))
+    assert "\nhead" not in make(wide).render(), "less than 15% of the result"
+
+
+def test_what_an_embedding_or_a_head_cannot_be(llama: Path, tmp_path: Path) -> None:
+    text = mistake(llama, format="native", head={"group_size": 48})
+    assert text.startswith("model.embed_tokens: 32 input features are not a multiple of group_size 48; use 16 or 32,")
+    assert "lm_head: 32 input features" in text
+    text = mistake(llama, format="compressed-tensors", head=HEAD)
+    assert "model.embed_tokens: compressed-tensors leaves the embedding as it is; format native carries it" in text
+    assert "lm_head: compressed-tensors leaves the output head as it is" in text
+    assert "--set format=native" in text
+    text = mistake(llama, format="native", head=HEAD, calibration={"corpus": str(tmp_path / "gone.txt")})
+    assert text.startswith("calibration.corpus: got "), "it shows what the head's input is like"
+
+
+def test_only_token_embedding_and_head_are_touched_where_there_are_other_embeddings(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    found = make(save(tmp_path / "gpt2", GPT2Config(**sizes)), format="native", head=HEAD)
+    assert [layer.spec.name for layer in found.head.layers] == ["transformer.wte"]
+    assert found.head.layers[0].spec.tied == ("lm_head.weight",)
+    assert "embedding" in {one.reason for one in found.untouched}, "positions"
+    phi = PhiConfig(**SIZES)
+    found = make(save(tmp_path / "phi", phi), format="native", head=HEAD)
+    assert [layer.spec.name for layer in found.head.layers] == ["model.embed_tokens", "lm_head"]
+    assert [row.reason for row in found.coverage if row.parameter == "lm_head.bias"] == ["bias"]
 
 
 def test_two_quantizing_steps_on_one_layer(llama: Path) -> None:

@@ -37,17 +37,21 @@ def build_report(
 
     ``plan``: ``Plan.to_dict()``. ``evaluation``: what ``compress.evaluate(folder, against=dense)`` gave, None where
     the recipe asks for none. ``verification``: what ``eval.verify.verify`` gave. ``calibration``: the protocols of the
-    texts that the run looked at, ``calibration`` (absent for methods without data) and the held-out ``probe``.
+    texts that the run looked at, ``calibration`` (absent for methods without data), the held-out ``probe`` and the
+    ``head`` text that shows the output head's input (absent where the recipe has no head).
     ``resident``: bytes of memory of the loaded ``dense`` and ``compressed`` model. ``seconds`` of the whole run so far
     and by ``stages``; ``peak_bytes``: largest resident memory of this process.
 
     Keys: ``schema``, ``dense``, ``compressed``, ``protocol`` (with ``calibration`` and ``probe``), ``untouched_share``,
     ``untouched``, ``layers``, ``fallbacks``, ``verification``, ``recipe``, ``digest``, ``plan``, ``seconds``,
-    ``stages``, ``peak_bytes``, ``versions``, ``machine``.
+    ``stages``, ``peak_bytes``, ``versions``, ``machine``. In ``compressed``, ``bits_per_weight`` is of the compressed
+    layers in the blocks, ``bits_per_weight_head`` of embedding and output head where they are compressed,
+    ``bits_per_weight_model`` of all that is on disk.
     """
     rows = [asdict(layer) if isinstance(layer, LayerReport) else dict(layer) for layer in layers]
     measured, before = evaluation or {}, (evaluation or {}).get("dense") or {}
     held = resident or {}
+    ends = set((plan.get("head") or {}).get("layers", ()))  # embedding and output head, where the recipe has a head
     report = {
         "schema": SCHEMA,
         "dense": {
@@ -60,7 +64,8 @@ def build_report(
             "bytes": compressed_bytes,
             "kl": measured.get("kl"),
             "top1_agreement": measured.get("top1_agreement"),
-            "bits_per_weight": mean_bits(rows),
+            "bits_per_weight": mean_bits([row for row in rows if row["name"] not in ends]),
+            "bits_per_weight_head": mean_bits([row for row in rows if row["name"] in ends]),
             "bits_per_weight_model": measured.get("bits_per_weight"),
             "parameters": measured.get("parameters"),
             "resident_bytes": held.get("compressed"),
@@ -88,7 +93,7 @@ def build_report(
 
 
 def mean_bits(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Bits per weight over the compressed layers, scales and zeros counted; None where there are none."""
+    """Bits per weight over some layers, scales and zeros counted; None where there are none."""
     sizes = [row["shape"][0] * row["shape"][1] for row in rows]
     bits = sum(row["bits_per_weight"] * size for row, size in zip(rows, sizes, strict=True))
     return bits / sum(sizes) if sizes else None

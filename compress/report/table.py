@@ -53,7 +53,8 @@ def _headline(report: Mapping[str, Any]) -> Table:
     single = (
         ("KL, dense to compressed, nats per token", compressed["kl"], "{:.4f}"),
         ("same first token", compressed["top1_agreement"], "{:.2%}"),
-        ("bits per weight, compressed layers", compressed["bits_per_weight"], "{:.3f}"),
+        ("bits per weight, compressed layers in the blocks", compressed["bits_per_weight"], "{:.3f}"),
+        ("bits per weight, embedding and output head", compressed.get("bits_per_weight_head"), "{:.3f}"),
         ("bits per weight, whole model", compressed["bits_per_weight_model"], "{:.3f}"),
     )
     for name, value, form in single:

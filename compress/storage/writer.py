@@ -94,8 +94,12 @@ class Writer:
 
     def write(self, unit: str, tensors: Mapping[str, Tensor], sidecar: Mapping[str, Any]) -> int:
         """Write a unit: its sidecar first, then its shard, each whole or absent. Returns the shard's bytes."""
-        write_json(self._sidecar_path(unit), dict(sidecar))
+        self.note(unit, sidecar)
         return write_safetensors(self.partial / self.shard(unit), tensors)
+
+    def note(self, unit: str, sidecar: Mapping[str, Any]) -> None:
+        """Replace what is noted of ``unit``."""
+        write_json(self._sidecar_path(unit), dict(sidecar))
 
     def sidecar(self, unit: str) -> dict[str, Any]:
         """What was noted when ``unit`` was written."""

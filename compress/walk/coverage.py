@@ -27,6 +27,30 @@ class Coverage:
     reason: str  # why it is left untouched; "" for compressed
 
 
+def list_head(model: PreTrainedModel, tied: dict[str, str]) -> list[LayerSpec]:
+    """The token embedding and the output head, ``(vocabulary, D)`` each; one spec where they are one matrix.
+
+    Only plain ones: ``nn.Embedding`` (also where the model scales what it gives) and ``nn.Linear``. A bias of the head
+    is a parameter of its own and no part of it.
+    """
+    ends: tuple[tuple[nn.Module, Literal["embedding", "head"], type[nn.Module]], ...] = (
+        (model.get_input_embeddings(), "embedding", nn.Embedding),
+        (model.get_output_embeddings(), "head", nn.Linear),
+    )
+    specs: dict[str, LayerSpec] = {}
+    for module, kind, plain in ends:
+        path = next((path for path, one in model.named_modules() if one is module), None)
+        if path is None or not isinstance(module, plain):
+            continue
+        parameter = tied.get(f"{path}.weight", f"{path}.weight")
+        others = tuple(sorted(name for name, source in tied.items() if source == parameter != name))
+        weight = model.get_parameter(parameter)
+        shape = (weight.shape[0], weight.shape[1])
+        name = parameter.removesuffix(".weight")
+        specs.setdefault(parameter, LayerSpec(name, shape, weight.dtype, kind, parameter, tied=others))
+    return list(specs.values())
+
+
 def list_specs(model: nn.Module, blocks: tuple[str, ...]) -> list[LayerSpec]:
     """Linear layers inside ``blocks``, routers excepted, in definition order; fused experts one by one."""
     return [spec for prefix in blocks for spec in _list_block(model.get_submodule(prefix), prefix)]
@@ -59,7 +83,8 @@ def cover(model: PreTrainedModel, blocks: tuple[str, ...], selected: set[str], t
     The ``numel`` of all rows add up to the number of parameters of the model.
     """
     layers: dict[str, list[LayerSpec]] = {}
-    for spec in list_specs(model, blocks):
+    head = [spec for spec in list_head(model, tied) if spec.name in selected]
+    for spec in [*list_specs(model, blocks), *head]:
         layers.setdefault(spec.parameter, []).append(spec)
     rows: list[Coverage] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):

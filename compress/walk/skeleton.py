@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from compress.errors import UserError
 from compress.types import LayerSpec
 from compress.walk.conversion import Conversion, NameMap, Reader, map_names, read_conversion
-from compress.walk.coverage import Coverage, cover, list_specs
+from compress.walk.coverage import Coverage, cover, list_head, list_specs
 
 
 @dataclass
@@ -63,6 +63,10 @@ class Skeleton:
     def block_specs(self, i: int) -> list[LayerSpec]:
         """The layers of block ``i``."""
         return list_specs(self.model, self.blocks[i : i + 1])
+
+    def head_specs(self) -> list[LayerSpec]:
+        """The token embedding and the output head; one where they are one matrix."""
+        return list_head(self.model, self._tied())
 
     def coverage(self, selected: Iterable[str]) -> list[Coverage]:
         """What becomes of every parameter if the layers named ``selected`` are compressed; sums to 100% of them."""
@@ -118,6 +122,17 @@ class Skeleton:
             if not self._in_block(name) and key not in seen:
                 seen.add(key)
                 yield name, tensor.detach().cpu()
+
+    def outside_tensor(self, name: str) -> Tensor:
+        """The one tensor of that name among ``outside_tensors``; of a model in memory the live parameter."""
+        if self.reader is None:
+            return self.model.get_parameter(name).detach()
+        tied = self._tied()
+        wanted = next(
+            one for one in self._outside_conversions(head=True) if name in {tied.get(n, n) for n in one.targets}
+        )
+        made = read_conversion(wanted, self.reader, self.model, self.dtype, "cpu")
+        return next(tensor for target, tensor in made.items() if tied.get(target, target) == name)
 
     def _outside_conversions(self, head: bool) -> Iterator[Conversion]:
         assert self.names is not None

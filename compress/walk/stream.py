@@ -55,15 +55,19 @@ def capture(
     windows: Sequence[Tensor],
     path: Path | str | None = None,
     device: torch.device | str = "cpu",
+    change: Callable[[PreTrainedModel], None] | None = None,
 ) -> tuple[Hidden, Calls]:
     """Embed ``windows`` (token ids ``(T_n,)``) and note what each block is called with, per window length.
 
     Returns the input of block 0 (on disk at ``path``, or in memory) and the calls of every block. Only what is outside
-    the blocks, without the head, is brought to ``device``. Raises ``UserError`` if the blocks are called with something
-    that depends on the tokens: then they can't be walked one by one.
+    the blocks, without the head, is brought to ``device``; ``change`` may then put other weights there. Raises
+    ``UserError`` if the blocks are called with something that depends on the tokens: then they can't be walked one by
+    one.
     """
     assert windows, "no windows"
     model = skeleton.load_outside(device, head=False)
+    if change is not None:
+        change(model)
     calls = record_calls(model, skeleton.blocks, windows)
     hidden: Hidden | None = None
     for n, window in enumerate(windows):
@@ -112,6 +116,43 @@ def finish(model: PreTrainedModel, blocks: Sequence[str], hidden: Tensor) -> Ten
     tokens = torch.zeros(hidden.shape[1], dtype=torch.long)
     logits: Tensor = _run(model, blocks, tokens, respond).logits
     return logits
+
+
+@torch.no_grad()
+def read_head_inputs(model: PreTrainedModel, blocks: Sequence[str], hidden: Tensor) -> Tensor | None:
+    """What the output head is given, ``(T, D)`` float32, for the last block's output ``(1, T, D)``.
+
+    None for a model that makes its logits without calling its head. The head itself may be on meta.
+    """
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    output = model.get_output_embeddings()
+    assert output is not None
+    handle = output.register_forward_pre_hook(stop)
+    try:
+        tokens = torch.zeros(hidden.shape[1], dtype=torch.long)
+        _run(model, blocks, tokens, lambda i, states, args, kwargs: hidden if i == len(blocks) - 1 else states)
+    finally:
+        handle.remove()
+    return seen[0][0].float() if seen else None
+
+
+@torch.no_grad()
+def observe_head(skeleton: Skeleton, window: Tensor, device: torch.device | str = "cpu") -> Tensor | None:
+    """Mean square ``(D,)`` of what the head is given for the tokens ``(T,)``; reads every block once.
+
+    None for a model that makes its logits without calling its head.
+    """
+    stream, calls = capture(skeleton, [window], None, device)
+    hidden = stream.read(0, device)
+    for i in range(len(skeleton.blocks)):
+        hidden = run_block(skeleton.load_block(i, device), hidden, calls[i][len(window)].to(device))
+    inputs = read_head_inputs(skeleton.load_outside(device, head=False), skeleton.blocks, hidden)
+    return None if inputs is None else inputs.square().mean(0)
 
 
 def _embed(model: PreTrainedModel, blocks: Sequence[str], window: Tensor) -> Tensor:
