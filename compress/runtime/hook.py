@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 AWAITED = "transformers.quantizers.auto"
+QUANTIZER = "compress.runtime.quantizer"
 
 
 class Finder:
@@ -51,8 +52,11 @@ def remove() -> None:
 
 
 def _register() -> None:
+    started = sys.modules.get(QUANTIZER)
+    if started is not None and not hasattr(started, "register"):
+        return  # it is what imports Transformers' quantizers just now; load.py, which imports it, registers
     try:
-        quantizer = importlib.import_module("compress.runtime.quantizer")
+        quantizer = importlib.import_module(QUANTIZER)
     except ImportError as error:  # a Transformers whose interface we don't know: it must go on working without us
         import warnings
 

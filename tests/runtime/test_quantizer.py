@@ -88,6 +88,14 @@ def test_registered_in_any_order(order: str, tmp_path: Path) -> None:
     assert done.stdout.split()[-1] == "14"
 
 
+def test_load_comes_before_any_import_of_transformers(tmp_path: Path) -> None:
+    write_native(tmp_path / "out")
+    script = "import sys, compress; print(len(compress.load(sys.argv[1]).compress_report.on_kernels))"
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "14"
+
+
 def test_importing_us_imports_nothing_else() -> None:
     script = (
         "import sys; import compress; print(*{'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)); "
