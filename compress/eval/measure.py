@@ -90,9 +90,13 @@ def _count(model: Any) -> int:
 
 
 def _describe(model: Any) -> dict[str, str]:
-    """The type of number that the forward computes in, and where."""
-    embedding = model.get_input_embeddings().weight
-    return {"dtype": str(embedding.dtype).removeprefix("torch."), "device": embedding.device.type}
+    """The type of number that the forward computes in, where, and with our kernels if it is on them."""
+    parameter = next(model.parameters())
+    about = {"dtype": str(parameter.dtype).removeprefix("torch."), "device": parameter.device.type}
+    report = getattr(model, "compress_report", None)
+    if report is not None and report.on_kernels:
+        about["kernels"] = f"compress, {report.kernels}, {len(report.on_kernels)} layers"
+    return about
 
 
 def _check_length(model: Any, tokens: int) -> None:
