@@ -1,4 +1,4 @@
-"""What this machine and installation have: versions, CPU features, kernels, devices, formats' packages, memory, disk."""
+"""What this machine and installation have: versions, CPU features, kernels, devices, formats, memory, disk."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -50,6 +51,13 @@ def test_without_the_library(no_library: None, monkeypatch: pytest.MonkeyPatch) 
     assert "apt install g++" in library._explain_absence()
     monkeypatch.setattr(library.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "there is a compiler" in library._explain_absence()
+
+
+def test_where_there_is_a_compiler_the_library_was_built() -> None:
+    """A build that fails installs the package without kernels: that must not pass as a success here."""
+    if not any(shutil.which(name) for name in library.COMPILERS):
+        pytest.skip("no C++ compiler on the PATH")
+    assert NATIVE is not None, library.describe()["problem"]
 
 
 def test_unknown_instruction_sets_are_refused() -> None:
