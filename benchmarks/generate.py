@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import compress
 from compress.bench import cut_text
 from compress.eval.loading import find_folder
 from compress.eval.process import run_worker
@@ -74,14 +75,13 @@ def run_one(request: dict[str, Any]) -> dict[str, Any]:
     def load() -> tuple[Any, str]:
         if one.kind == "bitsandbytes":
             return load_bitsandbytes(folder, one.dtype)
+        if one.kind == "compress":
+            model = compress.load(folder, dtype=one.dtype, kernels="require")  # never time a fallback
+            return model, f"compress.load: {model.compress_report}"
         return LOADERS[one.kind](Path(folder), one.dtype, False)
 
     if one.kind == "bitsandbytes":  # before memory is first read, as Transformers' own code is
         importlib.import_module("bitsandbytes")
-    if one.kind == "compress":
-        from compress.kernels import library
-
-        library.set_mode("require")  # never time a fallback
     return measure_process(load, request["ids"], Workload(**request["workload"]), request["threads"])
 
 
