@@ -40,7 +40,8 @@ class Stored(nn.Module):
             header = headers[name]
             empty = torch.empty(header.shape, dtype=header.dtype, device="meta")
             self.register_buffer(name.removeprefix(f"{stem}."), empty)
-        self.weight = mark_initialized(torch.empty(0, device="meta"))  # some models initialise their layers' by name
+        if "weight" not in self._buffers:  # some models initialise their layers' weights by name
+            self.weight = mark_initialized(torch.empty(0, device="meta"))
         mark_initialized(self)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import folders
 import pytest
 import torch
-from folders import LLAMA, MODELS, build_model, logits, write_folder
+from folders import LLAMA, MODELS, build_model, logits, random_state, write_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,10 +18,12 @@ from compress.errors import UserError
 from compress.eval.verify import compare_logits
 from compress.kernels import library
 from compress.numerics.packing import pack_codes
+from compress.runtime.int8_linear import Int8Linear
 from compress.runtime.linear import WeightLinear
 from compress.runtime.load import load
 from compress.storage.files import write_json
 from compress.storage.formats.base import QuantSpec, load_format
+from compress.types import ActivationRule, LayerState
 
 NAMES = ("llama", "qwen3", "gpt2", "gemma", "gemma3_text", "phi3", "mixtral", "opt", "gptj")
 # Relative RMS of logits. Both sums are in float32 (PyTorch's bf16 products accumulate so), in another order.
@@ -257,3 +261,53 @@ def test_compiled_it_gives_the_same(tmp_path: Path) -> None:
     torch.compiler.reset()
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert compare_logits(logits(model), wanted)["relative_rms"] <= 1e-6
+
+
+# -- int8 inputs ------------------------------------------------------------------------------------------------------
+
+INT8 = {
+    "bitsandbytes": QuantSpec(8, -1, True, activations=ActivationRule(8, 2.0)),
+    "compressed-tensors": QuantSpec(8, -1, True, activations=ActivationRule(8)),
+    "native": QuantSpec(8, -1, True, activations=ActivationRule(8, 2.0)),
+}
+
+
+@pytest.fixture
+def codes_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random codes without 0, which is -128 in int8; scales as methods make them, positive."""
+
+    def make(spec: Any, quant: QuantSpec, dtype: torch.dtype, seed: int = 0) -> LayerState:
+        state = random_state(spec, quant, dtype, seed)
+        assert state.grid is not None and state.codes is not None
+        codes, scale = state.codes.clamp(min=1), (state.grid.scale.abs() * 127) / 127
+        weight = scale * (codes.float() - 128)
+        return LayerState(weight, dataclasses.replace(state.grid, scale=scale), codes, activations=quant.activations)
+
+    monkeypatch.setattr(folders, "random_state", make)
+
+
+@pytest.mark.usefixtures("codes_of_int8")
+@pytest.mark.parametrize("word", INT8)
+def test_int8_on_kernels_equals_rounded_inputs(word: str, tmp_path: Path) -> None:
+    """A rounding that falls to the other side moves an input by a whole step, hence the room."""
+    layers = write_folder(tmp_path / "out", build_model("llama", torch.float32), load_format(word), INT8[word])
+    model, dense = (load(tmp_path / "out", kernels=mode) for mode in ("require", "off"))
+    assert len(model.compress_report.on_kernels) == len(layers) == 14
+    assert isinstance(model.model.layers[0].mlp.down_proj, Int8Linear)
+    assert model.model.layers[0].mlp.down_proj.threshold == INT8[word].activations.threshold  # type: ignore[union-attr]
+    assert differ(model, dense) <= 2e-2
+    plain = load(tmp_path / "out", kernels="off")
+    for module in plain.modules():
+        module._forward_pre_hooks.clear()
+    assert differ(model, plain) > 0, "inputs are rounded"
+
+
+@pytest.mark.usefixtures("codes_of_int8")
+def test_a_layer_that_int8_kernels_can_not_take_still_rounds_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "out", build_model("llama", torch.float32), load_format("native"), INT8["native"])
+    monkeypatch.setattr("compress.runtime.swap.make_int8_linear", lambda *args: "no")
+    model, dense = (load(tmp_path / "out", kernels=mode) for mode in ("require", "off"))
+    assert set(model.compress_report.decoded.values()) == {"no"}
+    assert torch.equal(logits(model), logits(dense))
