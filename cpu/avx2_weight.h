@@ -7,6 +7,7 @@
 
 #include <utility>
 
+#include "attend.h"
 #include "types.h"
 
 namespace compress {
@@ -297,6 +298,11 @@ inline void silu_times(const float* gate, const float* up, float* y, int64_t cou
     _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_div_ps(value, below), _mm256_loadu_ps(up + i)));
   }
   for (; i < count; ++i) y[i] = gate[i] / (1.0f + __builtin_expf(-gate[i])) * up[i];
+}
+
+inline void attend(const float* q, const void* keys, const void* values, Type type, int64_t size, int64_t count,
+                   float scale, float* scores, float* out) {
+  attend_with(dot, add_scaled, q, keys, values, type, size, count, scale, scores, out);
 }
 
 }  // namespace

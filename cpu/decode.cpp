@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <thread>
 
@@ -138,26 +137,14 @@ void turn(float* head, const float* cos, const float* sin, int64_t rotary) {
   }
 }
 
-// q (head_size) against the cache and this token's own key: out = softmax(scale q K^T) V.
+// q (head_size) against the cache, which holds this token's own key and value too.
 void attend(const Step& step, const DecoderBlock& block, const float* q, int64_t kv_head, float* scores, float* out) {
   const DecoderShape& shape = step.shape;
   const int64_t size = shape.head_size, row = size * size_of(shape.cache_type), seen = step.length + 1;
   const int64_t first = block.window > 0 && seen > block.window ? seen - block.window : 0;
-  const char* keys = static_cast<const char*>(block.keys) + kv_head * step.capacity * row;
-  const char* values = static_cast<const char*>(block.values) + kv_head * step.capacity * row;
-  float highest = -INFINITY;
-  for (int64_t t = first; t < seen; ++t) {
-    scores[t] = step.table.dot(q, keys + t * row, shape.cache_type, size) * shape.attention_scale;
-    highest = std::max(highest, scores[t]);
-  }
-  float sum = 0.0f;
-  std::fill(out, out + size, 0.0f);
-  for (int64_t t = first; t < seen; ++t) {
-    const float weight = std::exp(scores[t] - highest);
-    sum += weight;
-    step.table.add_scaled(out, values + t * row, shape.cache_type, weight, size);
-  }
-  for (int64_t i = 0; i < size; ++i) out[i] /= sum;
+  const int64_t start = (kv_head * step.capacity + first) * row;
+  step.table.attend(q, static_cast<const char*>(block.keys) + start, static_cast<const char*>(block.values) + start,
+                    shape.cache_type, size, seen - first, shape.attention_scale, scores, out);
 }
 
 void put_in_cache(const Step& step, void* cache, int64_t head, const float* row) {

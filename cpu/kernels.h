@@ -95,6 +95,10 @@ struct Kernels {
   float (*dot)(const float* a, const void* b, Type type, int64_t count);               // sum a[i] b[i]
   void (*add_scaled)(float* y, const void* x, Type type, float factor, int64_t count);  // y += factor x
   void (*silu_times)(const float* gate, const float* up, float* y, int64_t count);      // y = gate / (1 + e^-gate) * up
+  // Attention of one query (size) to `count` keys and values, rows of `size` of `type`: out = softmax(scale q K^T) V.
+  // scores: room for `count` rounded up to 16.
+  void (*attend)(const float* q, const void* keys, const void* values, Type type, int64_t size, int64_t count,
+                 float scale, float* scores, float* out);
 
   // int8 (see int8.h for the drivers). Activations are quantized by rows, features whose |x| is large are left out.
   // One row: q = round(x * (127 / m)), m = max |x[i]| over the features that are not outliers; q of outliers is 0.

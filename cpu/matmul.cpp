@@ -79,43 +79,6 @@ void rows_body(void* context, int thread, int threads) {
   }
 }
 
-struct ManyJob {
-  const Kernels& table;
-  const Weight& weight;
-  const uint16_t* x;
-  uint32_t* pairs;
-  int64_t tokens;
-  float* scratch;  // of each thread: RUN_BLOCK / 2 * 32 dwords, then (T, 32) sums
-  int64_t scratch_size;
-  const Rows& out;
-};
-
-constexpr int64_t RUN_WORDS = RUN_BLOCK / 2 * 32;
-
-void pairs_body(void* context, int thread, int threads) {
-  const ManyJob& job = *static_cast<ManyJob*>(context);
-  const int64_t tiles = (job.tokens + TILE - 1) / TILE, columns = job.weight.columns;
-  for (int64_t tile = tiles * thread / threads; tile < tiles * (thread + 1) / threads; ++tile) {
-    const int64_t first = tile * TILE, count = std::min(TILE, job.tokens - first);
-    job.table.to_pairs(job.x + first * columns, count, columns, TILE, job.pairs + first * columns / 2);
-  }
-}
-
-void many_body(void* context, int thread, int threads) {
-  const ManyJob& job = *static_cast<ManyJob*>(context);
-  const int64_t panels = panels_of(job.weight), couples = (panels + 1) / 2;
-  uint32_t* words = reinterpret_cast<uint32_t*>(job.scratch + thread * job.scratch_size);
-  float* y = job.scratch + thread * job.scratch_size + RUN_WORDS;
-  for (int64_t couple = couples * thread / threads; couple < couples * (thread + 1) / threads; ++couple) {
-    const int64_t first = 2 * couple, last = std::min(first + 2, panels), row = first * PANEL;
-    const int64_t count = std::min(2 * PANEL, job.weight.rows - row);
-    job.table.weight_many_pairs(job.weight, job.pairs, job.tokens, y, 2 * PANEL, first, last, words);
-    for (int64_t t = 0; t < job.tokens; ++t)
-      job.table.from_f32(y + t * 2 * PANEL, static_cast<uint16_t*>(job.out.data) + t * job.out.stride + row, Type::bf16,
-                         count);
-  }
-}
-
 }  // namespace
 
 void multiply_few(const Weight& layer, const Rows& x, int64_t tokens, const void* bias, Type bias_type, const Rows& y,
@@ -158,31 +121,6 @@ void multiply_few(const Weight& layer, const Rows& x, int64_t tokens, const void
     job.y_stride = y.stride;
   }
   run_parallel(choose_threads(weight, panels_of(weight), tokens, threads), few_body, &job);
-}
-
-bool multiplies_pairs() { return kernels().weight_many_pairs != nullptr; }
-
-void multiply_many(const Weight& layer, const uint16_t* x, int64_t tokens, const void* bias, Type bias_type,
-                   const Rows& y, int threads) {
-  const Kernels& table = kernels();
-  const int64_t tiles = (tokens + TILE - 1) / TILE;
-  const int64_t used = choose_threads(layer, panels_of(layer), tokens, threads);
-  const int64_t each = RUN_WORDS + tokens * 2 * PANEL + 16 - tokens * 2 * PANEL % 16;
-  const int64_t pairs_size = tiles * TILE * layer.columns / 2;
-  const bool convert_bias = bias && bias_type != Type::f32;
-  std::vector<float> buffer(static_cast<size_t>(used * each + pairs_size + (convert_bias ? layer.rows : 0) + 16));
-  const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
-  float* start = reinterpret_cast<float*>((address + 63) / 64 * 64);
-  float* after = start + used * each;
-  Weight weight = layer;
-  weight.bias = static_cast<const float*>(bias);
-  if (convert_bias) {
-    table.to_f32(bias, bias_type, after + pairs_size, layer.rows);
-    weight.bias = after + pairs_size;
-  }
-  ManyJob job{table, weight, x, reinterpret_cast<uint32_t*>(after), tokens, start, each, y};
-  run_parallel(static_cast<int>(used), pairs_body, &job);
-  run_parallel(static_cast<int>(used), many_body, &job);
 }
 
 void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads) {

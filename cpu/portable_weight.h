@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 
+#include "attend.h"
 #include "types.h"
 
 namespace compress {
@@ -118,6 +119,11 @@ inline void add_scaled(float* y, const void* x, Type type, float factor, int64_t
 
 inline void silu_times(const float* gate, const float* up, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+inline void attend(const float* q, const void* keys, const void* values, Type type, int64_t size, int64_t count,
+                   float scale, float* scores, float* out) {
+  attend_with(dot, add_scaled, q, keys, values, type, size, count, scale, scores, out);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 SPARE = 256  # tokens of room that a store gets beside what it holds, and half as many again
 
@@ -35,9 +35,11 @@ class Store:
         self.data = larger
 
 
-class StoredLayer(DynamicLayer):
-    """One layer's part of a ``Store``. Whoever assigns other tensors (beam search, batches) detaches it: from then on it
-    is an ordinary ``DynamicLayer``."""
+class StoredLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's part of a ``Store``.
+
+    Whoever assigns other tensors (beam search, batches) detaches it: from then on it is an ordinary ``DynamicLayer``.
+    """
 
     def __init__(self, store: Store, index: int, length: int) -> None:
         self.store: Store | None = store
@@ -101,12 +103,15 @@ def find_store(cache: Any) -> Store | None:
 
 
 def adopt(cache: Any, layers: int, heads: int, head_size: int, dtype: torch.dtype) -> Store | None:
-    """Move an ordinary cache of batch 1 into a store; None where it is of another kind, shape or type."""
+    """Move an ordinary cache of batch 1 into a store; None where it is of another kind, shape or type.
+
+    A sliding one can be moved as long as nothing has slid out of it; the store then keeps everything.
+    """
     if type(cache) is not DynamicCache or len(cache.layers) != layers or getattr(cache, "offloading", False):
         return None
-    held = [(layer.keys, layer.values) for layer in cache.layers if type(layer) in (DynamicLayer, StoredLayer)]
-    if len(held) != layers:
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StoredLayer) for layer in cache.layers):
         return None
+    held = [(layer.keys, layer.values) for layer in cache.layers]
     length = cache.layers[0].get_seq_length()
     wanted = (1, heads, length, head_size)
     for pair in held:

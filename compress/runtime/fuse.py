@@ -26,7 +26,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # tables that do not depe
 ROPE_CHUNK = 512  # positions whose tables are made at a time
 
 
-def why_not_fused(model: nn.Module) -> str | None:
+def why_not_fused(model: Any) -> str | None:
     """Why the decode step of a base model can't be one call; None if it can."""
     name = type(model).__name__
     if name not in MODELS:
@@ -46,7 +46,7 @@ def why_not_fused(model: nn.Module) -> str | None:
 
 
 def fuse(model: nn.Module) -> str | None:
-    """Give a base model (``LlamaModel`` ...) on the CPU the fused decode step; the reason in words where it can't be."""
+    """Give a base model (``LlamaModel`` ...) the fused decode step on the CPU; the reason where it can't be."""
     reason = why_not_fused(model)
     if reason is not None:
         return reason
@@ -200,7 +200,7 @@ class FusedStep:
             **{name: 0 if norm is None else self._keep(norm.weight.float()) for name, norm in norms.items()},
             **linears,
             "intermediate": linears["gate"]["rows"],
-            "window": getattr(attention, "sliding_window", None) or 0,
+            "window": _find_window(attention),
         }
 
     def _describe_linear(self, layer: Any) -> dict[str, Any]:
@@ -240,6 +240,12 @@ class FusedStep:
         count = (position // ROPE_CHUNK + 1) * ROPE_CHUNK
         cos, sin = model.rotary_emb(torch.empty(0, dtype=self.dtype), torch.arange(count)[None])
         self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
+
+
+def _find_window(attention: Any) -> int:
+    """How many tokens a layer sees, 0 for all. Qwen's layers hold it, Mistral's take it from the configuration."""
+    home = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(home, "sliding_window", None) or 0
 
 
 def _list_linears(block: Any) -> dict[str, Any]:
