@@ -47,6 +47,7 @@ class Contender:
     nbytes: int  # of one copy
     copies: int
     call: Callable[[int], Any]
+    note: str = ""
 
 
 def count_copies(nbytes: int, cycle: int) -> int:
@@ -124,7 +125,9 @@ def make_torch_int8(rows: int, columns: int, tokens: int, cycle: int) -> Contend
         return None
     name = min(found)[1]
     copies = [layouts[name]() for _ in range(count_copies(weight.nbytes, cycle))]
-    return Contender(f"torch._int_mm {name}", weight.nbytes, len(copies), lambda copy: torch._int_mm(x, copies[copy]))
+    return Contender(
+        "torch._int_mm", weight.nbytes, len(copies), lambda copy: torch._int_mm(x, copies[copy]), f"weight {name}"
+    )
 
 
 def time_calls(call: Callable[[int], Any], calls: int, copies: int, first: int = 0) -> float:
@@ -173,6 +176,7 @@ def measure(rows: int, columns: int, tokens: int, options: argparse.Namespace) -
                 "shape": [rows, columns],
                 "tokens": tokens,
                 "kernel": one.name,
+                "note": one.note,
                 "seconds": middle,
                 "all_seconds": times[one.name],
                 "bytes": one.nbytes,

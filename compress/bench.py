@@ -20,7 +20,8 @@ from compress.eval.speed import RANDOM, Workload
 DENSE = "dense"
 SIDES = (DENSE, "compressed")
 FIGURES = (
-    "prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "resident_bytes", "read_bytes_per_token",
+    "prefill_tokens_per_second", "decode_tokens_per_second", "load_seconds", "resident_bytes", "weight_bytes",
+    "read_bytes_per_token",
 )  # fmt: skip
 Told = Callable[[str, Mapping[str, Any]], None]  # side, what was measured
 
@@ -131,12 +132,13 @@ def render(found: Mapping[str, Any]) -> str:
         (f"prefill, tokens/s ({work['prefill_tokens']} tokens)", "prefill_tokens_per_second", "{:,.0f}"),
         (f"decode, tokens/s ({work['decode_tokens']} tokens)", "decode_tokens_per_second", "{:,.1f}"),
         ("share of the bandwidth limit", "bandwidth_share", "{:.0%}"),
-        ("memory, MB", "resident_bytes", "{:,.0f}"),
+        ("resident memory, MB", "resident_bytes", "{:,.0f}"),
+        ("weights in memory, MB", "weight_bytes", "{:,.0f}"),
         ("loading, seconds", "load_seconds", "{:.1f}"),
     )
     lines = [f"{'':<34}{'dense':>12}{'compressed':>12}{'ratio':>9}"]
     for label, name, form in rows:
-        scale = 1e6 if name == "resident_bytes" else 1
+        scale = 1e6 if name.endswith("_bytes") else 1
         words = ["-" if (value := found[side][name]) is None else form.format(value / scale) for side in SIDES]
         ratio = found["ratio"].get(name)
         lines.append(f"{label:<34}{words[0]:>12}{words[1]:>12}{'' if ratio is None else f'{ratio:.2f}x':>9}")

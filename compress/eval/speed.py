@@ -193,7 +193,8 @@ def measure_process(
     """``measure_model`` of what ``load`` gives, with how it was loaded; for a process that does nothing else.
 
     Adds ``load_seconds``, ``resident_bytes`` (growth of this process from before loading to after a first short
-    forward), ``read_bytes_per_token``, ``loaded_with``, ``dtype``, ``threads``.
+    forward, so with code and whatever else loading left there), ``weight_bytes`` (parameters and buffers),
+    ``read_bytes_per_token``, ``loaded_with``, ``dtype``, ``threads``.
     """
     import psutil
 
@@ -213,6 +214,7 @@ def measure_process(
     return {
         "load_seconds": seconds,
         "resident_bytes": max(0, process.memory_info().rss - before),
+        "weight_bytes": sum(_list_storage(model).values()),
         "read_bytes_per_token": count_read_bytes(model),
         "loaded_with": loaded_with,
         "dtype": str(model.dtype).removeprefix("torch."),

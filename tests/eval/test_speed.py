@@ -110,6 +110,7 @@ def test_a_folder_with_what_its_loading_took(folder: Path) -> None:
     assert found["load_seconds"] > 0 and found["resident_bytes"] >= 0
     assert (found["dtype"], found["loaded_with"]) == ("float32", "transformers")
     assert found["threads"] == torch.get_num_threads()
+    assert found["weight_bytes"] == found["read_bytes_per_token"]  # tied
     dense = speed.measure_folder(str(folder), IDS.tolist(), vars(SMALL), "random", dtype="bfloat16")
     assert dense["load_seconds"] is None and dense["dtype"] == "bfloat16"
     assert abs(2 * dense["read_bytes_per_token"] - found["read_bytes_per_token"]) < 100  # rotary frequencies stay
@@ -164,8 +165,8 @@ def test_the_table_says_where_it_is_slower() -> None:
     def side(decode: float, prefill: float) -> dict[str, Any]:
         run = {
             "decode_tokens_per_second": decode, "prefill_tokens_per_second": prefill, "load_seconds": 1.0,
-            "resident_bytes": 10, "read_bytes_per_token": 10, "loaded_with": "x", "dtype": "bfloat16", "threads": 2,
-            "logits": "last",
+            "resident_bytes": 10, "weight_bytes": 10, "read_bytes_per_token": 10, "loaded_with": "x",
+            "dtype": "bfloat16", "threads": 2, "logits": "last",
         }  # fmt: skip
         return bench.summarize([run], 1000.0)
 
