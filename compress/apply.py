@@ -99,7 +99,8 @@ def _stack_layers(layers: Sequence[PlannedLayer]) -> list[list[int]]:
 
 
 def _is_rowwise(layer: PlannedLayer) -> bool:
-    return all(load_method(step.method).ROWWISE for step in layer.steps)
+    methods = [load_method(step.method) for step in layer.steps]
+    return all(method.ROWWISE for method in methods if method.KIND == "layer")
 
 
 def _compress_piece(
@@ -113,7 +114,8 @@ def _compress_piece(
     weight = rows.to(torch.float32, copy=True)
     state = LayerState(weight)
     for step in layer.steps:
-        state = load_method(step.method).compress(state, statistic, step.config, scale_dtype)
+        if load_method(step.method).KIND == "layer":
+            state = load_method(step.method).compress(state, statistic, step.config, scale_dtype)
     lost = weight - state.weight
     output = weight @ probe.float().T
     read = read_inputs(state, probe[None], round_inputs)[0]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compress.apply import compress_layers, read_inputs
 from compress.plan_select import PlannedLayer, load_method
+from compress.smooth import Notes, list_block_steps, smooth_block
 from compress.storage.formats.base import RoundInputs
 from compress.types import LayerReport, LayerSpec, LayerState, Statistic
 from compress.walk.coroutine import BlockWalk
@@ -85,9 +86,8 @@ class Needs:
     @classmethod
     def of(cls, layers: Iterable[PlannedLayer], windows: int) -> Needs:
         """The union of what the layers' steps want; ``windows`` is the number of calibration windows."""
-        configs = [
-            (load_method(step.method).needs(step.config), step.config) for layer in layers for step in layer.steps
-        ]
+        steps = [(load_method(step.method), step.config) for layer in layers for step in layer.steps]
+        configs = [(method.needs(config), config) for method, config in steps if method.KIND == "layer"]
         crossed = [config for wanted, config in configs if "cross" in wanted]
         kinds = {getattr(config, "token_weights", "uniform") for wanted, config in configs if "gram" in wanted}
         return cls(
@@ -136,6 +136,7 @@ def compress_block(
 ) -> CompressedBlock:
     """Load, observe, compress, walk on: the loop's body."""
     block = skeleton.load_block(task.index, device)
+    smoothed = _smooth(block, skeleton.block_specs(task.index), task, streams)
     dense = None if streams.dense is None else copy.deepcopy(block)
     following = streams.open_next(task.folder, task.index + 1)
     reports: list[LayerReport] = []
@@ -156,6 +157,7 @@ def compress_block(
             layers = [task.layers[spec.name] for spec in specs]
             for outcome in compress_layers(layers, weights, statistic, probe, task.scale_dtype, task.round_inputs):
                 set_weight(block, outcome.spec, outcome.state.weight)
+                _add_notes(outcome.report, smoothed.get(outcome.spec.name, {}))
                 if outcome.state.activations is not None:
                     roundings[outcome.spec.name] = _make_rounding(outcome.state, task.round_inputs)
                     walk.round_inputs(outcome.spec.name, roundings[outcome.spec.name])
@@ -165,6 +167,20 @@ def compress_block(
                     encoded.append((outcome.spec, form))
         walk.outputs(following.main, following.dense)
     return CompressedBlock(block, reports, encoded, following, roundings)
+
+
+def _smooth(block: nn.Module, specs: Sequence[LayerSpec], task: BlockTask, streams: Streams) -> Notes:
+    """The steps that see the whole block, before it is copied: a dense copy is rescaled with it."""
+    if not list_block_steps(task.layers):
+        return {}
+    windows = [n for n in range(len(streams.main)) if n != streams.probe]
+    return smooth_block(block, specs, task.layers, streams.main, windows, task.calls)
+
+
+def _add_notes(report: LayerReport, notes: Mapping[str, Any]) -> None:
+    rest = {key: value for key, value in notes.items() if key != "fallback"}
+    report.notes = {**rest, **report.notes}
+    report.fallback = "; ".join(text for text in (notes.get("fallback"), report.fallback) if text) or None
 
 
 def _make_rounding(state: LayerState, round_inputs: RoundInputs) -> Rounding:

@@ -64,7 +64,7 @@ def find_groups(hooked: Hooked, specs: Sequence[LayerSpec], hidden: Tensor, call
     place: dict[str, int] = {}
 
     def note(spec: LayerSpec, x: Tensor) -> None:
-        known = next((i for i, other in enumerate(inputs) if _is_same_input(other, x)), None)
+        known = next((i for i, other in enumerate(inputs) if is_same_input(other, x)), None)
         if spec.name in place:
             if place[spec.name] != known:
                 raise UserError(f"{spec.name}: runs more than once per forward, on different inputs; exclude it")
@@ -88,7 +88,7 @@ def find_groups(hooked: Hooked, specs: Sequence[LayerSpec], hidden: Tensor, call
     return _place_unreached([Group(tuple(group)) for group in order], specs)
 
 
-def _is_same_input(a: Tensor, b: Tensor) -> bool:
+def is_same_input(a: Tensor, b: Tensor) -> bool:
     """The same values in the same memory; ``(1, T, I)`` and its view ``(T, I)`` count as one."""
     same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata  # an address would not do on meta
     return same_storage and a.storage_offset() == b.storage_offset() and a.shape.numel() == b.shape.numel()

@@ -7,9 +7,9 @@ and zeros are the package's signed ones plus ``2**(bits - 1)``: exactly ours. Th
 - zero)`` in the scale's dtype: one rounding, since ``|code - zero| <= 255`` is exact in bfloat16 and float16.
 
 With int8 activations, 8-bit rows (W8A8) are ``int-quantized`` instead: ``weight`` int8 ``(O, I)``, signed codes, and
-``weight_scale``; other widths and groups stay packed. A stock load rounds the input of such layers token by token with the scale ``max|x| / 127.5`` in the
-input's dtype, codes -128 to 127, and multiplies in floating point; ``round_inputs`` does the same. vLLM multiplies int8
-codes with the scale ``max|x| / 127``.
+``weight_scale``; other widths and groups stay packed. A stock load rounds the input of such layers token by token with
+the scale ``max|x| / 127.5`` in the input's dtype, codes -128 to 127, and multiplies in floating point; ``round_inputs``
+does the same. vLLM multiplies int8 codes with the scale ``max|x| / 127``.
 """
 
 from __future__ import annotations
