@@ -126,11 +126,14 @@ class Head:
         for rows in cut_rows(*spec.shape):
             old = weight[rows].to(self.plan.device, torch.float32, copy=True)
             state = round_rows(old, quant, self.plan.scale_dtype, importance)
-            for i, one in enumerate((old, old - state.weight)):
-                totals[i] += errors.row_energies(one).sum().cpu()
-                totals[2 + i] += 0.0 if energy is None else energy(rows, one)
+            new = state.weight.to(weight.dtype)  # as the model has it
+            totals[0] += errors.row_energies(old).sum().cpu()
+            totals[1] += errors.row_energies(old - state.weight).sum().cpu()
+            if energy is not None:
+                totals[2] += energy(rows, old)
+                totals[3] += energy(rows, old - new.float())
             if self.writer is None:
-                weight[rows] = state.weight.to(weight.dtype)
+                weight[rows] = new
             else:
                 forms.append(self._encode(layer, state, weight.dtype))
         seen = None if importance is None or self.texts.head is None else len(self.texts.head)

@@ -86,11 +86,11 @@ def strip_times(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_what_is_written_reloads_as_meant_and_the_report_adds_up(
     tied: bool, folders: dict[bool, Path], tmp_path: Path
 ) -> None:
-    recipe = {**make_recipe("gptq"), "eval": {"windows": 2, "tokens": 64}}
+    recipe = {**make_recipe("gptq"), "eval": {"windows": 2, "tokens": 64} if tied else None}
     result = compress.run(recipe, folders[tied], output=tmp_path / "out")
     report, headers = result.report, Checkpoint(tmp_path / "out").headers
     assert report["verification"]["passed"]
-    assert report["compressed"]["kl"] > 0
+    assert not tied or report["compressed"]["kl"] > 0
     heads = find_heads(report)
     assert [layer["name"] for layer in heads] == NAMES[tied]
     assert not {"model.embed_tokens.weight", "lm_head.weight"} & set(headers)
@@ -103,9 +103,12 @@ def test_what_is_written_reloads_as_meant_and_the_report_adds_up(
             h.nbytes for layer in layers for key, h in headers.items() if key.startswith(layer["name"] + ".")
         )  # fmt: skip
         assert compressed[name] == pytest.approx(8 * held / count_weights(layers))
-    assert compressed["bits_per_weight_model"] == pytest.approx(8 * compressed["bytes"] / compressed["parameters"])
     assert result.plan.bytes_after == sum(header.nbytes for header in headers.values())
-    assert count_weights(report["layers"]) / compressed["parameters"] + report["untouched_share"] == pytest.approx(1)
+    total = sum(parameter.numel() for parameter in dense_model(folders[tied]).parameters())
+    assert count_weights(report["layers"]) / total + report["untouched_share"] == pytest.approx(1)
+    if tied:
+        assert compressed["parameters"] == total
+        assert compressed["bits_per_weight_model"] == pytest.approx(8 * compressed["bytes"] / total)
     assert {row["reason"] for row in report["untouched"]} == {"norm"}
     model = compress.load(tmp_path / "out")
     assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
@@ -128,6 +131,7 @@ def test_errors_are_those_of_the_model_that_loads(
         old = dense.get_parameter(f"{layer['name']}.weight").detach().float()
         lost = old - loaded[layer["name"]]
         assert layer["weight_error"] == pytest.approx(float(lost.square().sum() / old.square().sum()), rel=1e-4)
+        lost = old - loaded[layer["name"]].bfloat16().float()  # as the model has it
         seen = (lost[ids], old[ids]) if layer["notes"] == {"kind": "embedding"} else (lost @ inputs.T, old @ inputs.T)
         wanted = float(seen[0].square().sum() / seen[1].square().sum())
         assert layer["output_error"] == pytest.approx(wanted, rel=0.03), "but for bfloat16"

@@ -83,6 +83,17 @@ def make_report(**changes: Any) -> dict[str, Any]:
     return build_report(**{**arguments, **changes})
 
 
+def test_bits_of_the_blocks_and_of_embedding_and_head_are_told_apart() -> None:
+    layers = [make_layer("a", 0.1), make_layer("b", 0.1, (8, 24)), make_layer("embed", 0.1, bits_per_weight=8.5)]
+    report = make_report(plan={**make_plan(), "head": {"layers": ["embed"]}}, layers=layers)
+    assert report["compressed"]["bits_per_weight"] == 4.25
+    assert report["compressed"]["bits_per_weight_head"] == 8.5
+    assert "embedding and output head" in render_text(report)
+    plain = make_report()
+    assert plain["compressed"]["bits_per_weight_head"] is None
+    assert "embedding and output head" not in render_text(plain)
+
+
 def test_the_keys_that_readers_count_on() -> None:
     report = make_report()
     assert set(report) >= KEYS
