@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from compress.errors import UserError
 from compress.methods import gptq
-from compress.recipe import Calibration, Eval, Recipe, Step, list_shipped, load, shipped_folder
+from compress.recipe import Calibration, Eval, Head, Recipe, Step, list_shipped, load, shipped_folder
 from compress.recipe_check import list_words
 
 GOOD = """\
@@ -39,6 +39,24 @@ def lines_of(folder: Path, text: str, *overrides: str) -> list[str]:
     with pytest.raises(UserError) as caught:
         load(write(folder, text), overrides)
     return str(caught.value).replace(f"{folder}/", "").splitlines()
+
+
+def test_a_head_is_read_and_decides_the_digest_only_where_there_is_one(tmp_path: Path) -> None:
+    plain = load(write(tmp_path, GOOD))
+    assert plain.head is None and plain.to_dict()["head"] is None
+    recipe = load(write(tmp_path, GOOD), ["head.bits=4", "head.group_size=-1"])
+    assert recipe.head == Head(bits=4, group_size=-1, symmetric=False, layers="both")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.digest() != plain.digest() == load(write(tmp_path, GOOD + "head: null\n")).digest()
+    assert load(write(tmp_path, GOOD), ["head.symmetric=true"]).head == Head(symmetric=True)
+    for setting, said in (
+        ("head.bits=5", "head.bits: got 5, wanted 2, 3, 4 or 8"),
+        ("head.group_size=0", "head.group_size: got 0, wanted a positive number of features, or -1 for a whole row"),
+        ("head.layers=all", "head.layers: got the text 'all', wanted 'both', 'head' or 'embedding'"),
+        ("head.sample=1", "head.sample: unknown key; did you mean 'samples', which belongs in calibration?"),
+        ("layers=head", "layers: 'layers' has no meaning at the top level; it belongs in head"),
+    ):
+        assert lines_of(tmp_path, GOOD, setting) == [f"--set {setting}: {said}"]
 
 
 def test_loads_values_and_defaults(tmp_path: Path) -> None:
