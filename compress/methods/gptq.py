@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.methods import rtn
-from compress.methods.base import MethodConfig
+from compress.methods.base import MethodConfig, check_groups, group_inputs, rounding_rule
 from compress.numerics import gram as grams
 from compress.numerics import grids, obs, order, refine
 from compress.types import ActivationRule, Grid, LayerState, Statistic
@@ -45,6 +45,9 @@ class Config(MethodConfig):
     activation_bits: Literal[8] | None = Field(
         None, description="8: inputs too are rounded at run time, per token (W8A8); null: they stay as they are"
     )
+    activation_groups: int = Field(
+        1, ge=1, le=256, description="groups of input features of like range, each with a scale of its own per token"
+    )
     damping: float = Field(0.1, ge=0, le=10, description="added to diag(H), relative to its mean")
     block_size: int = Field(32, ge=1, description="columns compensated at a time; changes the speed only")
     targets: Literal["layer", "dense", "stream"] = Field(
@@ -72,6 +75,10 @@ class Config(MethodConfig):
     )
 
     @model_validator(mode="after")
+    def _check_groups(self) -> Config:
+        return check_groups(self, self.activation_bits, self.activation_groups)
+
+    @model_validator(mode="after")
     def _check_zero(self) -> Config:
         if self.symmetric and self.float_zero:
             raise ValueError("float_zero needs an asymmetric grid: set symmetric: false or float_zero: false")
@@ -80,14 +87,15 @@ class Config(MethodConfig):
 
 def needs(config: Config) -> frozenset[str]:
     """The Gram matrix; for targets beyond the layer also the cross matrix with the dense stream, and its residual."""
+    ranges = {"absmax"} if config.activation_groups > 1 else set()
     if config.targets == "layer" or config.shrinkage == 0:
-        return frozenset({"gram"})
-    return frozenset({"gram", "cross"} | ({"residual"} if config.targets == "stream" else set()))
+        return frozenset({"gram"} | ranges)
+    return frozenset({"gram", "cross"} | ({"residual"} if config.targets == "stream" else set()) | ranges)
 
 
 def activation_rule(config: Config) -> ActivationRule | None:
     """How inputs are rounded at run time."""
-    return None if config.activation_bits is None else ActivationRule(config.activation_bits)
+    return rounding_rule(config.activation_bits, config.activation_groups)
 
 
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -119,7 +127,8 @@ def compress(state: LayerState, statistic: Statistic | None, config: Config, sca
         "dead_columns": problem.dead,
         "targets": _name_targets(statistic, config),
     }
-    return _finish(state, codes, scale, zero, problem.group_size, config).with_notes(**notes)
+    input_groups = group_inputs(statistic, len(codes), config.activation_groups)
+    return _finish(state, codes, scale, zero, problem.group_size, config, input_groups).with_notes(**notes)
 
 
 @dataclass(frozen=True)
@@ -244,14 +253,22 @@ def _refine(
 
 
 def _finish(
-    state: LayerState, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int, config: Config
+    state: LayerState,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    config: Config,
+    input_groups: Tensor | None,
 ) -> LayerState:
     """The layer's new state from transposed ``codes`` ``(I, O)`` and grids ``(G, O)``."""
     rows = codes.T.contiguous().to(torch.uint8)
     scale, zero = scale.T.contiguous(), zero.T.contiguous()
     grid = Grid(config.bits, group_size, config.symmetric, scale, zero, config.float_zero)
     weight = grids.dequantize(rows, scale, zero, group_size)
-    return LayerState(weight, grid, rows, activations=activation_rule(config), notes=dict(state.notes))
+    return LayerState(
+        weight, grid, rows, activations=activation_rule(config), input_groups=input_groups, notes=dict(state.notes)
+    )
 
 
 def _round_to_nearest(state: LayerState, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -261,6 +278,7 @@ def _round_to_nearest(state: LayerState, config: Config, scale_dtype: torch.dtyp
         symmetric=config.symmetric,
         clip_search=config.clip_search,
         activation_bits=config.activation_bits,
+        activation_groups=config.activation_groups,
         on_indivisible=config.on_indivisible,
     )
     return rtn.compress(state, None, plain, scale_dtype).with_notes(fallback="no calibration tokens: round to nearest")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from compress.methods.base import MethodConfig
+from compress.methods.base import MethodConfig, check_groups, group_inputs, rounding_rule
 from compress.numerics import grids
 from compress.types import ActivationRule, Grid, LayerState, Statistic
 
@@ -25,19 +25,26 @@ class Config(MethodConfig):
     activation_bits: Literal[8] | None = Field(
         None, description="8: inputs too are rounded at run time, per token (W8A8); null: they stay as they are"
     )
+    activation_groups: int = Field(
+        1, ge=1, le=256, description="groups of input features of like range, each with a scale of its own per token"
+    )
     on_indivisible: Literal["error", "adjust", "skip"] = Field(
         "error", description="when group_size does not divide a layer's inputs: stop, take a smaller divisor, or skip"
     )
 
+    @model_validator(mode="after")
+    def _check_groups(self) -> Config:
+        return check_groups(self, self.activation_bits, self.activation_groups)
+
 
 def needs(config: Config) -> frozenset[str]:
-    """Nothing: rounding looks at the weights only."""
-    return frozenset()
+    """Nothing: rounding looks at the weights only; for groups of inputs the largest magnitude of each feature."""
+    return frozenset({"absmax"}) if config.activation_groups > 1 else frozenset()
 
 
 def activation_rule(config: Config) -> ActivationRule | None:
     """How inputs are rounded at run time."""
-    return None if config.activation_bits is None else ActivationRule(config.activation_bits)
+    return rounding_rule(config.activation_bits, config.activation_groups)
 
 
 def compress(state: LayerState, statistic: Statistic | None, config: Config, scale_dtype: torch.dtype) -> LayerState:
@@ -55,5 +62,6 @@ def compress(state: LayerState, statistic: Statistic | None, config: Config, sca
         grid,
         codes,
         activations=activation_rule(config),
+        input_groups=group_inputs(statistic, weight.shape[1], config.activation_groups),
         notes=dict(state.notes),
     )

@@ -150,7 +150,8 @@ def test_ranges_are_those_of_the_channels() -> None:
     specs, block = skeleton.block_specs(0), model.get_submodule("model.layers.0")
     hooked = Hooked(block, specs)
     edges = find_edges(hooked, specs, inputs.read(0)[:, :8], calls[0][8], inner=True).found
-    found = dict(zip([edge.name for edge in edges], measure_ranges(hooked, edges, inputs, [0, 1], calls[0]), strict=True))
+    ranges = measure_ranges(hooked, edges, inputs, [0, 1], calls[0])
+    found = {edge.name: one for edge, one in zip(edges, ranges, strict=True)}
     norm, seen = block.input_layernorm, []
     handle = block.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0].abs().amax(0)))
     for n in (0, 1):

@@ -155,12 +155,18 @@ def round_inputs(x: Tensor, rule: ActivationRule, kept: Tensor | None = None, gr
 
 
 def _find_absmax(spec: LayerSpec, scale: Tensor) -> Tensor:
-    """``SCB`` ``(O,)`` with ``SCB / 127 == scale`` in float32: the product, or a neighbour of it."""
+    """``SCB`` ``(O,)`` with ``SCB / 127 == scale`` in float32: a weight that was 16-bit, the product, or a neighbour."""
     middle = scale * 127
-    for candidate in (middle, torch.nextafter(middle, middle * 2), torch.nextafter(middle, middle / 2)):
-        middle = torch.where(middle / 127 == scale, middle, candidate)
-    assert torch.equal(middle / 127, scale), f"{spec.name}: a scale is not the 127th part of a float32"
-    return middle.contiguous()
+    found = middle.to(torch.float16).float()
+    for candidate in (
+        middle.to(torch.bfloat16).float(),
+        middle,
+        torch.nextafter(middle, middle * 2),
+        torch.nextafter(middle, middle / 2),
+    ):
+        found = torch.where(found / 127 == scale, found, candidate)
+    assert torch.equal(found / 127, scale), f"{spec.name}: a scale is not the 127th part of a float32"
+    return found.contiguous()
 
 
 def _read_rule(config: Mapping[str, Any]) -> ActivationRule:
