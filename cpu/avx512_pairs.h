@@ -175,15 +175,16 @@ inline void to_pairs(const uint16_t* x, int64_t tokens, int64_t columns, int64_t
 }
 
 // bf16 pairs, scaled, of one run of a panel: out[32 j + ...] for j < 16, 16 lanes each (out's rows hold two panels).
+// scale * code - offset is exact in float32 where the scale has 16 bits, so rounding to bf16 is the only one.
 template <int BITS, int... J>
-inline void scale_run(const uint32_t* words, __m512 table, __m512 scale, __m512 shift, uint32_t* out,
-                      std::integer_sequence<int, J...>) {
+inline void scale_run(const uint32_t* words, __m512 table, __m512 scale, __m512 offset, __m512i interleave,
+                      uint32_t* out, std::integer_sequence<int, J...>) {
   auto one = [&](auto index) __attribute__((always_inline)) {
     constexpr int j = decltype(index)::value;
-    const __m512 low = _mm512_mul_ps(scale, _mm512_sub_ps(unpack_code<BITS, j>(words, table), shift));
-    const __m512 high = _mm512_mul_ps(scale, _mm512_sub_ps(unpack_code<BITS, j + 16>(words, table), shift));
-    const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(high)), 16);
-    _mm512_store_si512(out + 32 * j, _mm512_or_si512(_mm512_cvtepu16_epi32(to_bf16(low)), upper));
+    const __m512 low = _mm512_fmsub_ps(scale, unpack_code<BITS, j>(words, table), offset);
+    const __m512 high = _mm512_fmsub_ps(scale, unpack_code<BITS, j + 16>(words, table), offset);
+    const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));  // 16 of low, then 16 of high
+    _mm512_store_si512(out + 32 * j, _mm512_permutexvar_epi16(interleave, halves));
   };
   (one(std::integral_constant<int, J>{}), ...);
 }
@@ -193,15 +194,19 @@ inline void scale_block(const Weight& weight, int64_t panel, int64_t from, int64
   const int64_t groups = weight.columns / weight.group, words_per_row = weight.columns / 32 * BITS;
   const __m512 table = code_table<BITS>();
   const __m512 middle = _mm512_set1_ps(static_cast<float>(1 << (BITS - 1)));
-  __m512 scale = _mm512_setzero_ps(), shift = _mm512_setzero_ps();
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  const __m512i interleave = _mm512_load_si512(order);
+  __m512 scale = _mm512_setzero_ps(), offset = _mm512_setzero_ps();
   for (int64_t i = from; i < to; i += 32, out += 16 * 32) {
     if (i == from || i % weight.group == 0) {
-      const int64_t offset = (panel * groups + i / weight.group) * PANEL;
-      scale = load_lanes(weight.scale, weight.scale_type, offset);
-      if (weight.zero) shift = _mm512_sub_ps(load_lanes(weight.zero, weight.zero_type, offset), middle);
+      const int64_t at = (panel * groups + i / weight.group) * PANEL;
+      scale = load_lanes(weight.scale, weight.scale_type, at);
+      if (weight.zero)
+        offset = _mm512_mul_ps(scale, _mm512_sub_ps(load_lanes(weight.zero, weight.zero_type, at), middle));
     }
     const uint32_t* words = weight.codes + (panel * words_per_row + i / 32 * BITS) * PANEL;
-    scale_run<BITS>(words, table, scale, shift, out, std::make_integer_sequence<int, 16>{});
+    scale_run<BITS>(words, table, scale, offset, interleave, out, std::make_integer_sequence<int, 16>{});
   }
 }
 

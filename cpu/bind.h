@@ -30,5 +30,6 @@ inline bool is_float(int32_t type) {
 void bind_weight(nanobind::module_& module);
 void bind_int8(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);
+void bind_dense(nanobind::module_& module);
 
 }  // namespace compress

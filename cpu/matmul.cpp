@@ -45,10 +45,15 @@ void few_body(void* context, int thread, int threads) {
   const int64_t first = panels * thread / threads, last = panels * (thread + 1) / threads;
   if (first == last) return;
   const int64_t row = first * PANEL, count = std::min(last * PANEL, job.weight.rows) - row;
-  if (job.pairs) {
-    job.table.weight_few_pairs(job.weight, job.pairs, job.sums, job.tokens, job.y + row, job.y_stride, first, last);
-  } else {
-    job.table.weight_few(job.weight, job.x, job.sums, job.tokens, job.y + row, job.y_stride, first, last);
+  const int64_t columns = job.weight.columns, groups = columns / job.weight.group;
+  for (int64_t t = 0; t < job.tokens; t += AT_ONCE) {
+    const int64_t some = std::min(AT_ONCE, job.tokens - t);
+    float* y = job.y + t * job.y_stride + row;
+    const float* sums = job.sums + t * groups;
+    if (job.pairs)
+      job.table.weight_few_pairs(job.weight, job.pairs + t * columns / 2, sums, some, y, job.y_stride, first, last);
+    else
+      job.table.weight_few(job.weight, job.x + t * columns, sums, some, y, job.y_stride, first, last);
   }
   if (job.y == job.out.data) return;
   for (int64_t t = 0; t < job.tokens; ++t) {
@@ -97,7 +102,10 @@ void multiply_few(const Weight& layer, const Rows& x, int64_t tokens, const void
   at += tokens * groups;
   if (in_pairs) {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(at);
-    table.to_pairs(static_cast<const uint16_t*>(x.data), tokens, inputs, tokens, pairs);
+    for (int64_t t = 0; t < tokens; t += AT_ONCE) {
+      const int64_t some = std::min(AT_ONCE, tokens - t);
+      table.to_pairs(static_cast<const uint16_t*>(x.data) + t * inputs, some, inputs, some, pairs + t * inputs / 2);
+    }
     job.pairs = pairs;
     at += tokens * inputs / 2;
   }

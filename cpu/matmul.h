@@ -4,7 +4,8 @@
 
 namespace compress {
 
-constexpr int64_t FEW_TOKENS = 8;  // what weight_few takes at once
+constexpr int64_t AT_ONCE = 8;      // tokens that weight_few takes at once
+constexpr int64_t FEW_TOKENS = 16;  // up to so many, reading the codes again costs less than decoding them first
 
 // A matrix of values: `rows` of `stride` elements of `type`.
 struct Rows {

@@ -53,4 +53,5 @@ NB_MODULE(_cpu, module) {
   bind_weight(module);
   bind_int8(module);
   bind_decode(module);
+  bind_dense(module);
 }
