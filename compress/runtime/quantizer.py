@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import UserError
 from compress.runtime.fuse import fuse
+from compress.runtime.head import speed_up_head
 from compress.runtime.load import Kernels
 from compress.runtime.merge import merge_siblings
 from compress.runtime.save import attach_saving, read_encoded
@@ -87,6 +88,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
             report.merged = merge_siblings(model)
             report.not_fused = fuse(model.base_model)
             report.fused = [] if report.not_fused else [name for name, _ in model.base_model.layers.named_children()]
+            report.native_head = speed_up_head(model)
         model.compress_report = report
         attach_saving(model, self.source, guarded=self.form.PREFIX != "model")
         return model

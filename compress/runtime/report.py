@@ -15,6 +15,7 @@ class LoadReport:
     merged: list[tuple[str, ...]] = field(default_factory=list)  # siblings computed in one call
     fused: list[str] = field(default_factory=list)  # blocks whose decode step is one call
     not_fused: str | None = None  # why there are none
+    native_head: bool = False  # whether a dense output head takes the native product at few tokens
 
     def __str__(self) -> str:
         reasons = sorted(set(self.decoded.values()))
