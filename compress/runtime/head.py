@@ -1,7 +1,7 @@
 """The output head of a model that decodes: dense rows read once at the speed of memory, for one or a few tokens.
 
-At one token the head of a small model is a large part of the bytes, and PyTorch's product of a single bfloat16 row takes
-about twice as long as reading them. Everything else (many tokens, gradients, other devices) is ``nn.Linear`` as before.
+At one token the head of a small model is a large part of the bytes, and PyTorch's product of a single bfloat16 row
+takes about twice as long as reading them. Everything else (many tokens, gradients, other devices) is ``nn.Linear``'s.
 """
 
 from __future__ import annotations
@@ -23,19 +23,9 @@ class HeadLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         native = library.active()
-        weight = self.weight
-        if (
-            native is None
-            or x.shape[:-1].numel() > FEW_TOKENS
-            or x.numel() == 0
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or not (x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous())
-            or x.dtype is not weight.dtype
-            or x.shape[-1] != self.in_features
-        ):
+        if native is None or not self._takes(x):
             return super().forward(x)
-        tokens = x.shape[:-1].numel()
+        weight, tokens = self.weight, x.shape[:-1].numel()
         y = x.new_empty((*x.shape[:-1], self.out_features))
         kind = TYPES[x.dtype]
         native.dense_few(
@@ -44,11 +34,20 @@ class HeadLinear(nn.Linear):
         )  # fmt: skip
         return y
 
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the native product is for this input."""
+        weight = self.weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        fits = x.dtype == weight.dtype and x.shape[-1] == self.in_features and 0 < x.shape[:-1].numel() <= FEW_TOKENS
+        return fits and x.is_cpu and weight.is_cpu and x.is_contiguous() and weight.is_contiguous()
+
 
 def speed_up_head(model: Any) -> bool:
     """Make a model's dense head a ``HeadLinear``, weight and ties untouched; False where it is something else."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.dtype not in FLOATS:
+    plain = type(head) is nn.Linear and getattr(head, "bias", None) is None
+    if not plain or head.weight.dtype not in FLOATS:
         return False
     head.__class__ = HeadLinear
     return True

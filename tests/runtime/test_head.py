@@ -36,7 +36,11 @@ def test_against_float64(dtype: torch.dtype, set_name: str) -> None:
             wanted = x.double() @ head.weight.double().t()
             got = head(x)
             assert got.dtype is dtype
-            assert float((got.double() - wanted).abs().max()) <= 2 * torch.finfo(dtype).eps * float(wanted.abs().max())
+            # One rounding to 16 bits; in float32 the sums of 97 products round too.
+            steps = 16 if dtype is torch.float32 else 1
+            assert float((got.double() - wanted).abs().max()) <= steps * torch.finfo(dtype).eps * float(
+                wanted.abs().max()
+            )
     finally:
         library.select_cpu("auto")
 
