@@ -7,6 +7,8 @@ tensor that was written to in between (its version counts), so not for inference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,20 @@ from compress.runtime.linear import WeightLinear
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 MAX_MISSES = 4  # results that siblings did not ask for: then the model calls them otherwise, and each computes alone
+
+
+class Shelf:
+    """A result between the first sibling and the last; not on the module, where setting it takes a microsecond."""
+
+    __slots__ = ("kept", "misses")
+
+    def __init__(self) -> None:
+        # Input, its version, what each sibling gets, and who is still to come (one bit each).
+        self.kept: tuple[Tensor, int, Sequence[Tensor], int] | None = None
+        self.misses = 0
+
+    def __deepcopy__(self, memo: object) -> Shelf:
+        return Shelf()
 
 
 class Group(WeightLinear):
@@ -33,23 +49,23 @@ class Group(WeightLinear):
             (sum(rows), first.in_features),
         )
         super().__init__(panels, _join_biases(layers, rows), first.order, first.dtype)
-        self.starts = [sum(rows[:n]) for n in range(len(rows) + 1)]
+        self.rows, self.starts = rows, [sum(rows[:n]) for n in range(len(rows) + 1)]
         self.every = (1 << len(rows)) - 1
-        self.kept: tuple[Tensor, int, Tensor, int] | None = None  # input, its version, output, who is still to come
-        self.misses = 0
+        self.shelf = Shelf()
 
     def serve(self, x: Tensor, part: int) -> Tensor:
         """The rows of sibling ``part``, from the product that another sibling asked for if it was of this ``x``."""
-        if self.misses >= MAX_MISSES or x.is_inference() or (x.requires_grad and torch.is_grad_enabled()):
+        shelf = self.shelf
+        if shelf.misses >= MAX_MISSES or x.is_inference() or (x.requires_grad and torch.is_grad_enabled()):
             return self.multiply_part(x, part)
-        kept, bit = self.kept, 1 << part
+        kept, bit = shelf.kept, 1 << part
         if kept is not None and kept[0] is x and kept[1] == x._version and kept[3] & bit:
-            y, left = kept[2], kept[3] & ~bit
+            parts, left = kept[2], kept[3] & ~bit
         else:
-            self.misses += kept is not None
-            y, left = self.multiply(x), self.every & ~bit
-        self.kept = (x, x._version, y, left) if left else None
-        return y[..., self.starts[part] : self.starts[part + 1]]
+            shelf.misses += kept is not None
+            parts, left = self.multiply(x).split_with_sizes(self.rows, -1), self.every & ~bit
+        shelf.kept = (x, x._version, parts, left) if left else None
+        return parts[part]
 
     def multiply_part(self, x: Tensor, part: int) -> Tensor:
         """The rows of sibling ``part`` alone."""
@@ -78,16 +94,17 @@ class Sibling(WeightLinear):
 
     def __init__(self, group: Group, part: int) -> None:
         nn.Module.__init__(self)
+        self.__dict__["group"] = group  # found without the search that attributes of modules cost
         if part == 0:
-            self.group = group
-        else:
-            self.__dict__["group"] = group
+            self._modules["group"] = group
         self.part, self.reference = part, False
         self.bits, self.group_size, self.dtype = group.bits, group.group_size, group.dtype
         self.in_features = group.in_features
         self.out_features = group.starts[part + 1] - group.starts[part]
 
-    def multiply(self, x: Tensor) -> Tensor:
+    group: Group
+
+    def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.group.multiply_part(x, self.part)
         return self.group.serve(x, self.part)
