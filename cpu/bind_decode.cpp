@@ -43,7 +43,7 @@ Weight take_weight(const nb::dict& from, const float* bias, int64_t rows, int64_
           zero_type};
 }
 
-// A dict: kind ("weight" or "dense"), rows, columns, bias (address of float32 or 0), and what the kind has.
+// A dict: kind ("weight", "int8" or "dense"), rows, columns, bias (address of float32 or 0), and what the kind has.
 Linear take_linear(const nb::dict& block, const char* name, int64_t rows, int64_t columns) {
   require(block.contains(name), std::string("decoder: ") + name + " is missing");
   const nb::dict from = nb::cast<nb::dict>(block[name]);
@@ -59,6 +59,22 @@ Linear take_linear(const nb::dict& block, const char* name, int64_t rows, int64_
   if (kind == "weight") {
     linear.kind = Linear::Kind::weight;
     linear.weight = take_weight(from, linear.bias, rows, columns);
+    return linear;
+  }
+  if (kind == "int8") {
+    linear.kind = Linear::Kind::int8;
+    linear.int8 = {take_pointer<const int8_t>(from, "codes"), take_pointer<const float>(from, "scale"),
+                   take_pointer<const int32_t>(from, "sums"), linear.bias, rows, columns};
+    const int64_t count = take_int(from, "outliers");
+    linear.outliers = {nullptr, take_pointer<const int64_t>(from, "outlier_index"), count,
+                       take_pointer<const void>(from, "outlier_weight"),
+                       count ? take_type(from, "outlier_type") : Type::none};
+    for (int64_t j = 0; j < count; ++j)
+      require(linear.outliers.index[j] >= 0 && linear.outliers.index[j] < columns,
+              "decoder: outlier " + std::to_string(linear.outliers.index[j]) + " is not among " +
+                  std::to_string(columns) + " inputs");
+    linear.threshold = nb::cast<float>(from["threshold"]);
+    require(columns <= INT8_COLUMNS, "decoder: " + std::to_string(columns) + " inputs do not fit an int32 sum");
     return linear;
   }
   require(kind == "dense", "decoder: a matrix of kind " + kind + " is unknown");
@@ -130,9 +146,13 @@ void step(Decoder& decoder, uintptr_t hidden, uintptr_t cos, uintptr_t sin, int6
                                                 std::to_string(capacity) + "; there is no room for one more");
   for (const DecoderBlock& block : decoder.blocks())
     require(block.keys && block.values, "decoder: set_cache was not called for every block");
-  nb::gil_scoped_release release;
-  decoder.step(as_pointer<const void>(hidden), as_pointer<const float>(cos), as_pointer<const float>(sin), length,
-               capacity, as_pointer<void>(out), threads);
+  bool finite;
+  {
+    nb::gil_scoped_release release;
+    finite = decoder.step(as_pointer<const void>(hidden), as_pointer<const float>(cos), as_pointer<const float>(sin),
+                          length, capacity, as_pointer<void>(out), threads);
+  }
+  require(finite, "decoder: the input of an int8 layer holds NaN or infinity; the model's weights or tokens are damaged");
 }
 
 }  // namespace

@@ -40,8 +40,8 @@ class Barrier {
 // An input of matrices, in the forms that they want; each thread makes its own, since that is faster than waiting.
 class Input {
  public:
-  Input(const Kernels& table, Type model, int64_t largest, float* scratch)
-      : table_(table), model_(model), x_(scratch), pairs_(reinterpret_cast<uint32_t*>(scratch + largest)),
+  Input(const Kernels& table, Type model, int64_t largest, float* scratch, Int8Row& row, std::atomic<bool>& finite)
+      : table_(table), model_(model), row_(row), finite_(finite), x_(scratch), pairs_(reinterpret_cast<uint32_t*>(scratch + largest)),
         half_(reinterpret_cast<uint16_t*>(scratch + largest + largest / 2)), sums_(scratch + 2 * largest) {}
 
   static int64_t scratch_size(int64_t largest) { return 2 * largest + largest / 32 + 16; }
@@ -62,6 +62,10 @@ class Input {
   void multiply(const Linear& linear, float* y, int64_t first, int64_t last) {
     if (first >= last) return;
     if (linear.kind == Linear::Kind::dense) return multiply_dense(linear, y, first, last);
+    if (linear.kind == Linear::Kind::int8) {
+      if (!row_.prepare(table_, linear.int8, linear.outliers, linear.threshold, x_)) finite_ = false;
+      return row_.multiply(table_, linear.int8, first, last, y);
+    }
     if (group_ != linear.weight.group) {
       group_ = linear.weight.group;
       table_.group_sums(x_, count_, group_, sums_);
@@ -84,6 +88,8 @@ class Input {
 
   const Kernels& table_;
   const Type model_;
+  Int8Row& row_;
+  std::atomic<bool>& finite_;
   float* const x_;
   uint32_t* const pairs_;
   uint16_t* const half_;
@@ -103,7 +109,9 @@ struct Step {
   int64_t length, capacity, widest, tallest;
   float *hidden, *q, *k, *v, *mixed, *wide;  // shared by the threads
   std::vector<std::vector<float>>& scratch;
-  Barrier barrier;
+  std::vector<Int8Row>& rows;
+  std::atomic<bool> finite{true};
+  Barrier barrier{};
 };
 
 // This thread's share of `total` panels.
@@ -218,14 +226,14 @@ void run_block(Step& step, const DecoderBlock& block, Input& input, float* score
 void step_body(void* context, int thread, int threads) {
   Step& step = *static_cast<Step*>(context);
   float* scratch = step.scratch[static_cast<size_t>(thread)].data();
-  Input input(step.table, step.shape.type, step.widest, scratch);
+  Input input(step.table, step.shape.type, step.widest, scratch, step.rows[static_cast<size_t>(thread)], step.finite);
   float* scores = scratch + Input::scratch_size(step.widest);
   for (const DecoderBlock& block : step.blocks) run_block(step, block, input, scores, thread, threads);
 }
 
 }  // namespace
 
-void Decoder::step(const void* hidden, const float* cos, const float* sin, int64_t length, int64_t capacity, void* out,
+bool Decoder::step(const void* hidden, const float* cos, const float* sin, int64_t length, int64_t capacity, void* out,
                    int threads) {
   std::lock_guard<std::mutex> lock(busy_);
   const Kernels& table = kernels();
@@ -238,6 +246,7 @@ void Decoder::step(const void* hidden, const float* cos, const float* sin, int64
   const int64_t q = shape_.heads * shape_.head_size, k = shape_.kv_heads * shape_.head_size;
   buffer_.resize(static_cast<size_t>(shape_.hidden + 2 * q + 2 * k + widest));
   scratch_.resize(std::max<size_t>(static_cast<size_t>(std::max(threads, 1)), scratch_.size()));
+  rows_.resize(scratch_.size());
   const int64_t scores = std::max(std::max(tallest, length + 1), q) + 32;
   for (std::vector<float>& one : scratch_) {
     const size_t wanted = static_cast<size_t>(Input::scratch_size(widest) + scores);
@@ -246,11 +255,13 @@ void Decoder::step(const void* hidden, const float* cos, const float* sin, int64
   float* at = buffer_.data();
   Step job{table,  shape_,   blocks_, final_norm, cos, sin, length, capacity, widest, tallest, at,
            at + shape_.hidden, at + shape_.hidden + q, at + shape_.hidden + q + k, at + shape_.hidden + q + 2 * k,
-           at + shape_.hidden + 2 * q + 2 * k, scratch_, {}};
+           at + shape_.hidden + 2 * q + 2 * k, scratch_, rows_};
   table.to_f32(hidden, shape_.type, job.hidden, shape_.hidden);
   run_parallel(threads, step_body, &job);  // the pool may give fewer threads than asked for, never more
+  if (!job.finite) return false;
   if (final_norm) table.rms_norm(job.hidden, final_norm, shape_.epsilon, shape_.hidden, job.hidden);
   table.from_f32(job.hidden, out, shape_.type, shape_.hidden);
+  return true;
 }
 
 }  // namespace compress

@@ -7,14 +7,18 @@
 #include <mutex>
 #include <vector>
 
+#include "int8.h"
 #include "kernels.h"
 
 namespace compress {
 
-// One of: weight-only quantized, or dense rows (O, I) of f32, bf16 or f16. Addresses are borrowed.
+// One of: weight-only quantized, int8 with int8 inputs, or dense rows (O, I) of f32, bf16 or f16. Addresses are borrowed.
 struct Linear {
-  enum class Kind : int32_t { weight, dense } kind;
+  enum class Kind : int32_t { weight, int8, dense } kind;
   Weight weight;     // kind weight
+  Int8Weight int8;   // kind int8
+  Int8Outliers outliers;
+  float threshold;
   const void* data;  // kind dense
   Type type;
   const float* bias;
@@ -47,7 +51,8 @@ class Decoder {
 
   // hidden (D) of the model's type -> out (D); cos, sin (rotary) of this position. `length` tokens are in the cache, of
   // `capacity` that fit; keys and values of this one are added to it. May throw std::bad_alloc, before it starts.
-  void step(const void* hidden, const float* cos, const float* sin, int64_t length, int64_t capacity, void* out,
+  // False where the input of an int8 layer was not finite; out isn't written then.
+  bool step(const void* hidden, const float* cos, const float* sin, int64_t length, int64_t capacity, void* out,
             int threads);
 
  private:
@@ -55,6 +60,7 @@ class Decoder {
   std::vector<DecoderBlock> blocks_;
   std::vector<float> buffer_;
   std::vector<std::vector<float>> scratch_;  // of each thread
+  std::vector<Int8Row> rows_;                // of each thread
   std::mutex busy_;
 };
 

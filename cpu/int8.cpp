@@ -76,15 +76,7 @@ struct Product {
 };
 
 void find_features(Product& product) {
-  const Int8Outliers& outliers = product.outliers;
-  if (!outliers.flags) return;
-  const int64_t* end = outliers.index + outliers.count;
-  for (int64_t i = 0; i < product.weight.columns; ++i) {
-    if (!outliers.flags[i]) continue;
-    const int64_t* at = std::lower_bound(outliers.index, end, i);
-    product.features.push_back(i);
-    product.kept.push_back(at != end && *at == i ? at - outliers.index : -1);
-  }
+  if (product.outliers.flags) list_features(product.weight, product.outliers, product.features, product.kept);
 }
 
 void pack_tile(Product& product, const int8_t* q, const Rows& x, int64_t tile) {
@@ -95,27 +87,13 @@ void pack_tile(Product& product, const int8_t* q, const Rows& x, int64_t tile) {
     for (const int64_t i : product.features) *to++ = load_value(x.data, x.type, t * x.stride + i);
 }
 
-// Weights (features, 16) of one panel.
-void load_outlier_weights(const Product& product, int64_t panel, float* to) {
-  const Int8Weight& weight = product.weight;
-  const int64_t width = PANEL * product.panels();
-  for (int64_t j = 0; j < product.feature_count(); ++j, to += PANEL) {
-    const int64_t i = product.features[static_cast<size_t>(j)], kept = product.kept[static_cast<size_t>(j)];
-    const int8_t* codes = weight.codes + (panel * product.groups + i / 4) * PANEL * 4 + i % 4;
-    for (int64_t r = 0; r < PANEL; ++r) {
-      const int64_t row = panel * PANEL + r;
-      to[r] = kept >= 0 ? load_value(product.outliers.weight, product.outliers.weight_type, kept * width + row)
-                        : weight.scale[row] * static_cast<float>(codes[4 * r]);
-    }
-  }
-}
-
 // One or two panels from `first`, for tiles begin <= tile < end. outlier_weights: room for (2, features, 16).
 void multiply_panels(const Product& product, int64_t first, int64_t begin, int64_t end, float* outlier_weights) {
   alignas(64) int32_t acc[INT8_TILE * 2 * PANEL];
   const int64_t last = std::min(first + 2, product.panels()), count = product.feature_count();
   for (int64_t p = first; p < last && count; ++p)
-    load_outlier_weights(product, p, outlier_weights + (p - first) * count * PANEL);
+    load_outlier_weights(product.weight, product.outliers, product.features, product.kept, p,
+                         outlier_weights + (p - first) * count * PANEL);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t t = product.tile_start(tile), tokens = product.tile_start(tile + 1) - t;
     product.table.int8_dot(product.weight, product.packed_tile(tile), tokens, acc, 2 * PANEL, first, last);
@@ -159,6 +137,73 @@ void multiply_block(Product& product, const int8_t* q, const Rows& x, int thread
 }
 
 }  // namespace
+
+void list_features(const Int8Weight& weight, const Int8Outliers& outliers, std::vector<int64_t>& features,
+                   std::vector<int64_t>& kept) {
+  const int64_t* end = outliers.index + outliers.count;
+  features.clear();
+  kept.clear();
+  for (int64_t i = 0; i < weight.columns; ++i) {
+    if (!outliers.flags[i]) continue;
+    const int64_t* at = std::lower_bound(outliers.index, end, i);
+    features.push_back(i);
+    kept.push_back(at != end && *at == i ? at - outliers.index : -1);
+  }
+}
+
+void load_outlier_weights(const Int8Weight& weight, const Int8Outliers& outliers, const std::vector<int64_t>& features,
+                          const std::vector<int64_t>& kept, int64_t panel, float* to) {
+  const int64_t width = (weight.rows + PANEL - 1) / PANEL * PANEL, groups = (weight.columns + 3) / 4;
+  for (size_t j = 0; j < features.size(); ++j, to += PANEL) {
+    const int64_t i = features[j];
+    const int8_t* codes = weight.codes + (panel * groups + i / 4) * PANEL * 4 + i % 4;
+    for (int64_t r = 0; r < PANEL; ++r) {
+      const int64_t row = panel * PANEL + r;
+      to[r] = kept[j] >= 0 ? load_value(outliers.weight, outliers.weight_type, kept[j] * width + row)
+                           : weight.scale[row] * static_cast<float>(codes[4 * r]);
+    }
+  }
+}
+
+bool Int8Row::prepare(const Kernels& table, const Int8Weight& weight, const Int8Outliers& outliers, float threshold,
+                      const float* x) {
+  const int64_t columns = weight.columns, groups = (columns + 3) / 4;
+  outliers_ = outliers;
+  features_.clear();
+  q_.resize(static_cast<size_t>(4 * groups));
+  packed_.resize(static_cast<size_t>(groups * PACKED_BYTES));
+  const bool scan = threshold > 0.0f || outliers.count > 0;
+  if (scan) {
+    flags_.assign(static_cast<size_t>(columns), 0);
+    for (int64_t j = 0; j < outliers.count; ++j) flags_[static_cast<size_t>(outliers.index[j])] = 1;
+    const float limit = threshold > 0.0f ? threshold : std::numeric_limits<float>::infinity();
+    if (!std::isfinite(table.flag_outliers(x, limit, columns, flags_.data()))) return false;
+    outliers_.flags = flags_.data();
+    list_features(weight, outliers_, features_, kept_);
+  }
+  scale_ = table.quantize_row(x, features_.empty() ? nullptr : flags_.data(), columns, q_.data());
+  table.int8_pack(q_.data(), 4 * groups, 1, groups, packed_.data());
+  values_.resize(features_.size());
+  weights_.resize(features_.size() * PANEL);
+  for (size_t j = 0; j < features_.size(); ++j) values_[j] = x[features_[j]];
+  return std::isfinite(scale_);
+}
+
+void Int8Row::multiply(const Kernels& table, const Int8Weight& weight, int64_t first, int64_t last, float* y) {
+  alignas(64) int32_t acc[2 * PANEL];
+  const int64_t count = static_cast<int64_t>(features_.size());
+  for (int64_t p = first; p < last; p += 2) {
+    const int64_t end = std::min(p + 2, last);
+    table.int8_dot(weight, packed_.data(), 1, acc, 2 * PANEL, p, end);
+    for (int64_t one = p; one < end; ++one) {
+      const int64_t row = one * PANEL, lanes = std::min(PANEL, weight.rows - row);
+      if (count) load_outlier_weights(weight, outliers_, features_, kept_, one, weights_.data());
+      const Int8Panel panel{&scale_, weight.scale + row, weight.bias ? weight.bias + row : nullptr, values_.data(),
+                            weights_.data(), count, lanes, y + (one - first) * PANEL, weight.rows, Type::f32};
+      table.int8_finish(panel, acc + (one - p) * PANEL, 2 * PANEL, 1);
+    }
+  }
+}
 
 int64_t quantize_rows(const Rows& x, int64_t tokens, int64_t columns, float threshold, const int64_t* index,
                       int64_t count, int8_t* q, float* row_scale, uint8_t* flags, int threads) {

@@ -1,5 +1,7 @@
 // int8 products with outlier features in high precision (LLM.int8()): the drivers that share work out to threads.
 #pragma once
+#include <vector>
+
 #include "kernels.h"
 #include "matmul.h"
 
@@ -14,6 +16,32 @@ struct Int8Outliers {
   int64_t count;          // The weight of any other flagged feature is its codes times the scale.
   const void* weight;     // (count, 16 P) of weight_type
   Type weight_type;
+};
+
+// The flagged features, ascending, and their places in outliers.index (-1: not there).
+void list_features(const Int8Weight& weight, const Int8Outliers& outliers, std::vector<int64_t>& features,
+                   std::vector<int64_t>& kept);
+// Their weights (features, 16) of one panel.
+void load_outlier_weights(const Int8Weight& weight, const Int8Outliers& outliers, const std::vector<int64_t>& features,
+                          const std::vector<int64_t>& kept, int64_t panel, float* to);
+
+// One token through int8 layers on the calling thread, some panels at a time: for the decode step.
+class Int8Row {
+ public:
+  // x (I) float32: quantized, its outliers found. False where x is not finite. outliers.flags isn't looked at.
+  bool prepare(const Kernels& table, const Int8Weight& weight, const Int8Outliers& outliers, float threshold,
+               const float* x);
+  // y[0] is row 16 first. The bias of the weight (float32) is added.
+  void multiply(const Kernels& table, const Int8Weight& weight, int64_t first, int64_t last, float* y);
+
+ private:
+  Int8Outliers outliers_{};
+  float scale_ = 0.0f;
+  std::vector<int8_t> q_;
+  std::vector<char> packed_;
+  std::vector<uint8_t> flags_;
+  std::vector<int64_t> features_, kept_;
+  std::vector<float> values_, weights_;
 };
 
 // Quantizes rows of x (T, I): q (T, 4 K), row_scale (T), flags (I) 0 or 1: features where some |x| >= threshold

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from compress.kernels import library
 from compress.kernels.weight_matmul import TYPES
 from compress.runtime.cache import Store, adopt, find_store
+from compress.runtime.int8_linear import Int8Linear
 from compress.runtime.linear import WeightLinear
 
 # Base models whose blocks are: norm, attention with rotary halves, add; norm, SiLU-gated MLP, add; and nothing else.
@@ -222,6 +223,19 @@ class FusedStep:
                 "group": layer.group_size,
                 "bits": layer.bits,
             }
+        if isinstance(layer, Int8Linear):
+            index, columns = layer.outlier_index, layer.outlier_weight
+            return about | {
+                "kind": "int8",
+                "codes": self._keep(layer.codes),
+                "scale": self._keep(layer.scale),
+                "sums": self._keep(layer.sums),
+                "threshold": float(layer.threshold),
+                "outliers": 0 if index is None else len(index),
+                "outlier_index": 0 if index is None else self._keep(index),
+                "outlier_weight": 0 if columns is None else self._keep(columns),
+                "outlier_type": 0 if columns is None else TYPES[columns.dtype],
+            }
         weight = layer.weight.detach().contiguous()
         return about | {"kind": "dense", "data": self._keep(weight), "type": TYPES[weight.dtype]}
 
@@ -264,6 +278,8 @@ def _list_linears(block: Any) -> dict[str, Any]:
 def _why_not_linear(layer: Any) -> str | None:
     if isinstance(layer, WeightLinear):
         return "a layer gathers its inputs (act-order)" if layer.order is not None else None
+    if isinstance(layer, Int8Linear):
+        return None
     if type(layer) is nn.Linear and layer.weight.dtype in TYPES:
         return None
     return f"a layer is {type(layer).__name__}"

@@ -23,9 +23,11 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from compress.kernels import library
+from compress.numerics.int8_panels import pack_int8_panels, pack_outlier_weight
 from compress.numerics.panels import pack_panels
 from compress.runtime.cache import StoredLayer, adopt, find_store
 from compress.runtime.fuse import fuse, unfuse, why_not_fused
+from compress.runtime.int8_linear import Int8Linear
 from compress.runtime.linear import WeightLinear
 
 pytestmark = pytest.mark.skipif(library.describe()["library"] is None, reason="the kernels are not built here")
@@ -82,6 +84,23 @@ def quantize(layer: nn.Linear, bits: int) -> WeightLinear:
     return WeightLinear(pack_panels(codes, scale, zero, bits, 32), bias, None, layer.weight.dtype)
 
 
+def make_int8(threshold: float, kept: int) -> Any:
+    """A Llama of int8 layers with ``kept`` features in high precision."""
+    model = make("llama", bits=None)
+    for block in model.model.layers:
+        for owner in (block.self_attn, block.mlp):
+            for leaf, layer in list(owner.named_children()):
+                if isinstance(layer, nn.Linear):
+                    weight = layer.weight.detach() * 5
+                    index = torch.randperm(layer.in_features)[:kept].sort().values if kept else None
+                    scale = weight.abs().amax(1) / 127
+                    codes = (weight / scale[:, None]).round().to(torch.int8)
+                    columns = None if index is None else pack_outlier_weight(weight, index)
+                    panels = pack_int8_panels(codes, scale)
+                    setattr(owner, leaf, Int8Linear(panels, threshold, None, index, columns))
+    return model
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
@@ -104,6 +123,22 @@ def test_same_logits_as_the_models_own_blocks(name: str, bits: int | None) -> No
     assert relative(walk(fused, prompt, tokens, cache), walk(model, prompt, tokens)) < 1e-5
     assert all(type(layer) is StoredLayer for layer in cache.layers)  # so it was the native step
     assert cache.get_seq_length() == 307
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+def test_int8_layers_with_outliers(threshold: float, kept: int) -> None:
+    model = make_int8(threshold, kept)
+    fused = copy.deepcopy(model)
+    assert fuse(fused.model) is None
+    prompt, tokens = torch.randint(0, 300, (1, 7)), torch.randint(0, 300, (20,))
+    cache = DynamicCache(config=model.config)
+    # A float32 difference can move an activation to the next of 255 codes; one code is 1/127 of the row's largest.
+    assert relative(walk(fused, prompt, tokens, cache), walk(model, prompt, tokens)) < 5e-3
+    assert type(cache.layers[0]) is StoredLayer
+    fused.model.embed_tokens.weight.data[7, 3] = float("inf")
+    with torch.no_grad(), pytest.raises(ValueError, match="NaN or infinity"):
+        fused(torch.tensor([[7]]), past_key_values=cache)
 
 
 @pytest.mark.parametrize("set_name", ["avx512", "avx2", "portable"])
