@@ -94,7 +94,7 @@ def _describe(model: Any) -> dict[str, str]:
     parameter = next(model.parameters())
     about = {"dtype": str(parameter.dtype).removeprefix("torch."), "device": parameter.device.type}
     report = getattr(model, "compress_report", None)
-    if report is not None and report.on_kernels:
+    if getattr(report, "on_kernels", None):  # of compress.load; compress.run leaves a report of its own
         about["kernels"] = f"compress, {report.kernels}, {len(report.on_kernels)} layers"
     return about
 
