@@ -14,11 +14,12 @@ GROUND = {"types", "errors"}
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "errors": set(),
+    "memory": set(),
     "numerics": GROUND,
     "methods": GROUND | {"numerics"},
     "walk": GROUND | {"numerics", "storage"},
     "storage": GROUND | {"numerics"},
-    "runtime": GROUND | {"numerics", "storage", "walk", "kernels"},
+    "runtime": GROUND | {"numerics", "storage", "walk", "kernels", "memory"},
     "kernels": GROUND | {"numerics"},
     "report": GROUND | {"storage"},
     "eval": GROUND | {"storage", "runtime", "report"},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UserError
+from compress.memory import release_memory
 from compress.numerics.panels import Panels
 from compress.runtime.embedding import QuantEmbedding, find_factor
 from compress.runtime.int8_linear import make_int8_linear
@@ -65,6 +66,7 @@ def finish(model: nn.Module, form: Format, config: Any, choice: Choice) -> LoadR
                 owner, _, leaf = name.rpartition(".")
                 delattr(model.get_submodule(owner), leaf)
                 setattr(model.get_submodule(owner), leaf, parameter)
+    release_memory()  # packing leaves as much again in the allocator's hands
     return report
 
 
