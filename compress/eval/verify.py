@@ -28,10 +28,11 @@ TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}
 # A format whose package multiplies with kernels of its own (gptq with GPTQModel) differs by their rounding at every
 # layer, more than one slightly wrong layer does: there only gross errors are seen.
 OWN_KERNELS = {"gptq": 5.0}
-# bitsandbytes multiplies integers exactly, and what was meant had weights and inputs rounded to the model's dtype; and
-# the smallest difference moves some inputs by a whole step, or a feature over the threshold. A tiny Llama differs by
-# 2e-2 in bfloat16, by 2e-3 in float32.
-BITSANDBYTES = {"bfloat16": 1e-1, "float16": 1.5e-2, "float32": 1e-2}
+# bitsandbytes multiplies integers exactly, and what was meant had weights and inputs rounded to the model's dtype: each
+# layer differs by 2e-3 to 4e-3 in bfloat16. That moves some inputs of the next layer by a whole step and some features
+# over the threshold, so that through 30 layers the logits come to differ by as much as rounding inputs costs: a tiny
+# Llama by 2e-2 (2e-3 in float32), SmolLM2-135M by 0.18, and by 0.17 from the dense model. Only gross errors are seen.
+BITSANDBYTES = {"bfloat16": 3e-1, "float16": 1e-1, "float32": 3e-2}
 
 
 def verify(

@@ -147,7 +147,7 @@ def test_packages_with_kernels_of_their_own_are_given_more_room(tmp_path: Path) 
     assert find_tolerance(write_config(tmp_path, "compressed-tensors"), "bfloat16", stock_loads=True) == 2e-2
     assert find_tolerance(write_config(tmp_path, "gptq"), "bfloat16", stock_loads=False) == 2e-2
     assert find_tolerance(write_config(tmp_path, "gptq"), "bfloat16", stock_loads=True) == 1e-1
-    assert find_tolerance(write_config(tmp_path, "bitsandbytes"), "float32", stock_loads=True) == 1e-2
+    assert find_tolerance(write_config(tmp_path, "bitsandbytes"), "float32", stock_loads=True) == 3e-2
     assert find_tolerance(write_config(tmp_path, "bitsandbytes"), "float32", stock_loads=False) == 1e-4
 
 

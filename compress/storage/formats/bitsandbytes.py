@@ -155,7 +155,7 @@ def round_inputs(x: Tensor, rule: ActivationRule, kept: Tensor | None = None, gr
 
 
 def _find_absmax(spec: LayerSpec, scale: Tensor) -> Tensor:
-    """``SCB`` ``(O,)`` with ``SCB / 127 == scale`` in float32: a weight that was 16-bit, the product, or a neighbour."""
+    """``SCB`` ``(O,)`` with ``SCB / 127 == scale`` in float32: a 16-bit number, the product, or a neighbour."""
     middle = scale * 127
     found = middle.to(torch.float16).float()
     for candidate in (
