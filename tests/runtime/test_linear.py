@@ -135,7 +135,7 @@ def test_siblings_give_what_they_gave_alone() -> None:
             assert_close(merged(x), single(x))
             assert torch.equal(merged.weight, single.weight)
     assert isinstance(block.q_proj, Sibling)
-    assert block.q_proj.group.kept is None, "nothing is kept once all had their part"
+    assert block.q_proj.group.shelf.kept is None, "nothing is kept once all had their part"
 
 
 def test_siblings_compute_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +174,10 @@ def test_siblings_that_are_called_apart_stop_computing_for_each_other() -> None:
     merge_siblings(block)
     for tokens in range(1, 9):
         block.q_proj(make_input(tokens))
-    block.q_proj.group.kept = None
+    block.q_proj.group.shelf.kept = None
     x = make_input(4)
     assert_close(block.q_proj(x), make_attention().q_proj(x))
-    assert block.q_proj.group.kept is None, "no more results for others"
+    assert block.q_proj.group.shelf.kept is None, "no more results for others"
 
 
 def test_only_siblings_that_are_alike_are_merged() -> None:
