@@ -107,7 +107,8 @@ def test_each_mistake_names_its_line(tmp_path: Path, old: str, new: str, expecte
 
 def test_a_misplaced_key_says_where_it_belongs(tmp_path: Path) -> None:
     (line,) = lines_of(tmp_path, "bits: 4\n" + GOOD)
-    assert line == "mine.yaml:1: bits: 'bits' has no meaning at the top level; it belongs in a step (steps.0.bits)"
+    where = "it belongs in a step with method gptq or rtn (steps.0.bits)"
+    assert line == f"mine.yaml:1: bits: 'bits' has no meaning at the top level; {where}"
     (line,) = lines_of(tmp_path, GOOD.replace("    bits: 3", "    samples: 3"))
     assert line == "mine.yaml:5: steps.0.samples: 'samples' has no meaning in steps.0; it belongs in calibration"
     (line,) = lines_of(tmp_path, GOOD.replace("gptq", "rtn").replace("    bits: 3", "    damping: 3"))
@@ -212,7 +213,10 @@ def test_overrides(tmp_path: Path) -> None:
     [
         ("steps.0.bitz=3", "steps.0.bitz: unknown key; did you mean 'bits'?"),
         ("steps.0.bits=abc", "steps.0.bits: got the text 'abc', wanted 2, 3, 4 or 8"),
-        ("bits=3", "bits: 'bits' has no meaning at the top level; it belongs in a step (steps.0.bits)"),
+        (
+            "bits=3",
+            "bits: 'bits' has no meaning at the top level; it belongs in a step with method gptq or rtn (steps.0.bits)",
+        ),
         ("steps.1.bits=3", "steps has 1 entries, counted from 0; there is no steps.1"),
         ("steps.bits=3", "steps is a list: give a number, such as steps.0, in place of 'bits'"),
         ("steps.0.bits.x=3", "steps.0.bits is 3, which has nothing inside to set"),
@@ -283,7 +287,11 @@ def test_shipped_recipes_load_and_come_back_from_yaml(name: str, tmp_path: Path)
 
 def test_the_shipped_recipes_are_what_they_are_called() -> None:
     assert {"rtn8", "rtn4", "gptq4", "gptq3", "gptq2"} <= set(list_shipped())
-    for name in list_shipped():
+    assert [step.method for step in Recipe.load("llm_int8").steps] == ["llm_int8"]
+    smooth, rounded = Recipe.load("w8a8").steps
+    assert smooth.method == "smoothquant"
+    assert {"bits": 8, "activation_bits": 8}.items() <= rounded.config.model_dump().items()
+    for name in set(list_shipped()) - {"llm_int8", "w8a8"}:
         method, bits = re.fullmatch(r"([a-z_]+)(\d)", name).groups()  # type: ignore[union-attr]
         (step,) = Recipe.load(name).steps
         assert (step.method, step.config.model_dump()["bits"]) == (method, int(bits))
