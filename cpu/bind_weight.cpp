@@ -79,6 +79,22 @@ void weight_rows(uintptr_t codes, uintptr_t scale, int32_t scale_type, uintptr_t
   decode_rows(weight, to.data, to.type, first, last, threads);
 }
 
+// -1, or the first token that is not among the rows; nothing is written then.
+int64_t look_up(uintptr_t codes, uintptr_t scale, int32_t scale_type, uintptr_t zero, int32_t zero_type, int64_t rows,
+                int64_t columns, int64_t group, int32_t bits, uintptr_t tokens, int64_t count, uintptr_t out,
+                int32_t out_type) {
+  const Weight weight = make_weight(codes, scale, scale_type, zero, zero_type, rows, columns, group, bits);
+  require(tokens && tokens % 8 == 0, "tokens must be int64, at an address that is a multiple of 8");
+  require_positive(count, "count");
+  const Rows to = make_rows(out, out_type, columns, columns, count, "out");
+  const int64_t* index = as_pointer<const int64_t>(tokens);
+  for (int64_t n = 0; n < count; ++n)
+    if (index[n] < 0 || index[n] >= rows) return n;
+  nb::gil_scoped_release release;
+  look_up_rows(weight, index, count, to.data, to.type);
+  return -1;
+}
+
 }  // namespace
 
 void bind_weight(nb::module_& module) {
@@ -88,6 +104,9 @@ void bind_weight(nb::module_& module) {
              "codes, scale, scale_type, zero, zero_type, bias, bias_type, rows, columns, group, bits, x, x_type, "
              "x_stride, tokens, y, y_type, y_stride, threads: y = x W^T + bias for at most FEW_TOKENS tokens, or for "
              "more dense bf16 ones.");
+  module.def("look_up", &look_up,
+             "codes, scale, scale_type, zero, zero_type, rows, columns, group, bits, tokens, count, out, out_type: rows "
+             "of W by int64 index; gives the place of the first index out of range (nothing is written), or -1.");
   module.def("weight_rows", &weight_rows,
              "codes, scale, scale_type, zero, zero_type, rows, columns, group, bits, out, out_type, first, last, "
              "threads: panels first..last of W as dense rows.");

@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "types.h"
+
 namespace compress {
 namespace {
 
 // Work of less than this many bytes of codes per thread isn't worth waking one for (a few microseconds).
 constexpr int64_t BYTES_PER_THREAD = 16384;
-
-int64_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::u8 ? 1 : type == Type::none ? 0 : 2; }
 
 int64_t panels_of(const Weight& weight) { return (weight.rows + PANEL - 1) / PANEL; }
 
@@ -134,6 +134,28 @@ void multiply_few(const Weight& layer, const Rows& x, int64_t tokens, const void
 void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads) {
   RowsJob job{kernels(), weight, out, type, first, last};
   run_parallel(choose_threads(weight, last - first, 4, threads), rows_body, &job);
+}
+
+void look_up_rows(const Weight& weight, const int64_t* index, int64_t count, void* out, Type type) {
+  const Kernels& table = kernels();
+  const int64_t columns = weight.columns, groups = columns / weight.group, words = columns / 32 * weight.bits;
+  const uint32_t mask = (1u << weight.bits) - 1u;
+  std::vector<float> row(static_cast<size_t>(columns));
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t panel = index[n] / PANEL, lane = index[n] % PANEL;
+    const uint32_t* codes = weight.codes + panel * words * PANEL + lane;
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t half = i % 32 / 16, bit = i % 16 * weight.bits, word = i / 32 * weight.bits + bit / 16;
+      const int64_t at = (panel * groups + i / weight.group) * PANEL + lane, shift = bit % 16;
+      uint32_t code = (codes[word * PANEL] >> (16 * half) & 0xffffu) >> shift;
+      if (shift + weight.bits > 16) code |= (codes[(word + 1) * PANEL] >> (16 * half)) << (16 - shift);
+      const float zero = weight.zero ? load_value(weight.zero, weight.zero_type, at)
+                                     : static_cast<float>(1 << (weight.bits - 1));
+      const float scale = load_value(weight.scale, weight.scale_type, at);
+      row[static_cast<size_t>(i)] = scale * (static_cast<float>(code & mask) - zero);
+    }
+    table.from_f32(row.data(), static_cast<char*>(out) + n * columns * size_of(type), type, columns);
+  }
 }
 
 }  // namespace compress

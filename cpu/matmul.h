@@ -29,4 +29,7 @@ void multiply_many(const Weight& weight, const uint16_t* x, int64_t tokens, cons
 // Panels first <= p < last of W as rows (16 (last - first), I) of bf16 or f32, dense.
 void decode_rows(const Weight& weight, void* out, Type type, int64_t first, int64_t last, int threads);
 
+// Rows `index` (count, each in 0..O-1) of W as rows (count, I) of `type`, dense: an embedding's lookup.
+void look_up_rows(const Weight& weight, const int64_t* index, int64_t count, void* out, Type type);
+
 }  // namespace compress

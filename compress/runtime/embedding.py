@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from compress.kernels import library
+from compress.kernels.weight_matmul import TYPES
 from compress.numerics.packing import unpack_codes
 from compress.numerics.panels import LANES, Panels, join_halves
 from compress.runtime.linear import Packed
@@ -31,12 +35,34 @@ class QuantEmbedding(Packed):
     def forward(self, tokens: Tensor) -> Tensor:
         """``(...)`` integers -> ``(..., D)`` in the model's dtype. IndexError for a token outside the vocabulary."""
         flat = tokens.reshape(-1)
-        if flat.numel() and not torch.compiler.is_compiling():
-            low, high = (int(end) for end in torch.aminmax(flat))
-            if low < 0 or high >= self.num_embeddings:
-                raise IndexError(f"tokens are {low} to {high}, the vocabulary has {self.num_embeddings}")
-        rows = self.look_up(flat).reshape(*tokens.shape, self.embedding_dim)
+        compiling = torch.compiler.is_compiling()
+        native = None if compiling or not (flat.is_cpu and self.codes.is_cpu) else library.active()
+        if native is not None and flat.numel():
+            rows = self._look_up_native(native, flat.to(torch.int64).contiguous())
+        else:
+            if flat.numel() and not compiling:
+                self._check_range(flat)
+            rows = self.look_up(flat)
+        rows = rows.reshape(*tokens.shape, self.embedding_dim)
         return rows if self.factor is None else rows * self.factor.to(self.dtype)
+
+    def _check_range(self, flat: Tensor) -> None:
+        low, high = (int(end) for end in torch.aminmax(flat))
+        if low < 0 or high >= self.num_embeddings:
+            raise IndexError(f"tokens are {low} to {high}, the vocabulary has {self.num_embeddings}")
+
+    def _look_up_native(self, native: Any, flat: Tensor) -> Tensor:
+        rows = torch.empty((len(flat), self.embedding_dim), dtype=self.dtype)
+        zero = self.zero
+        place = (0, 0) if zero is None else (zero.data_ptr(), TYPES[zero.dtype])
+        wrong = native.look_up(
+            self.codes.data_ptr(), self.scale.data_ptr(), TYPES[self.scale.dtype], *place, self.num_embeddings,
+            self.embedding_dim, self.group_size, self.bits, flat.data_ptr(), len(flat), rows.data_ptr(),
+            TYPES[self.dtype],
+        )  # fmt: skip
+        if wrong >= 0:
+            self._check_range(flat)
+        return rows
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Rows ``(T, D)`` of tokens ``(T,)``."""
