@@ -93,7 +93,7 @@ def _describe(model: Any) -> dict[str, str]:
     """The type of number that the forward computes in, where, and with our kernels if it is on them."""
     parameter = next(model.parameters())
     about = {"dtype": str(parameter.dtype).removeprefix("torch."), "device": parameter.device.type}
-    report = getattr(model, "compress_report", None)
+    report: Any = getattr(model, "compress_report", None)
     if getattr(report, "on_kernels", None):  # of compress.load; compress.run leaves a report of its own
         about["kernels"] = f"compress, {report.kernels}, {len(report.on_kernels)} layers"
     return about

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
-from torch import Tensor
-
-from compress.numerics.activations import group_by_range
-from compress.types import ActivationRule, Statistic
 
 
 class MethodConfig(BaseModel):
@@ -47,16 +42,3 @@ def check_groups(config: Checked, bits: int | None, groups: int) -> Checked:
     if groups > 1 and bits is None:
         raise ValueError("activation_groups needs rounded inputs: set activation_bits: 8")
     return config
-
-
-def rounding_rule(bits: int | None, groups: int) -> ActivationRule | None:
-    """The rule of ``activation_bits`` and ``activation_groups``."""
-    return None if bits is None else ActivationRule(bits, groups=groups)
-
-
-def group_inputs(statistic: Statistic | None, features: int, groups: int) -> Tensor | None:
-    """The group of each input feature ``(I,)``, by range (METHODS 8.1); without calibration tokens by position."""
-    if groups == 1:
-        return None
-    absmax = None if statistic is None or statistic.tokens == 0 else statistic.absmax
-    return group_by_range(torch.arange(features) if absmax is None else absmax, groups)

@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.methods import rtn
-from compress.methods.base import MethodConfig, check_groups, group_inputs, rounding_rule
+from compress.methods.base import MethodConfig, check_groups
 from compress.numerics import gram as grams
 from compress.numerics import grids, obs, order, refine
+from compress.numerics.activations import group_inputs, rounding_rule
 from compress.types import ActivationRule, Grid, LayerState, Statistic
 
 KIND = "layer"

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from compress.methods.base import MethodConfig, check_groups, group_inputs, rounding_rule
+from compress.methods.base import MethodConfig, check_groups
 from compress.numerics import grids
+from compress.numerics.activations import group_inputs, rounding_rule
 from compress.types import ActivationRule, Grid, LayerState, Statistic
 
 KIND = "layer"

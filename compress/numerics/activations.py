@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.types import ActivationRule
+from compress.types import ActivationRule, Statistic
 
 
 def round_rows(x: Tensor, rule: ActivationRule, kept: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
@@ -62,3 +62,16 @@ def group_by_range(absmax: Tensor, count: int) -> Tensor:
     ranks = torch.arange(len(absmax), device=absmax.device) * count // len(absmax)
     groups[order] = ranks.to(torch.uint8)
     return groups
+
+
+def rounding_rule(bits: int | None, groups: int) -> ActivationRule | None:
+    """The rule of ``activation_bits`` and ``activation_groups``."""
+    return None if bits is None else ActivationRule(bits, groups=groups)
+
+
+def group_inputs(statistic: Statistic | None, features: int, groups: int) -> Tensor | None:
+    """The group of each input feature ``(I,)``, by range (METHODS 8.1); without calibration tokens by position."""
+    if groups == 1:
+        return None
+    absmax = None if statistic is None or statistic.tokens == 0 else statistic.absmax
+    return group_by_range(torch.arange(features) if absmax is None else absmax, groups)

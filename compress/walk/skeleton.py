@@ -126,7 +126,8 @@ class Skeleton:
     def outside_tensor(self, name: str) -> Tensor:
         """The one tensor of that name among ``outside_tensors``; of a model in memory the live parameter."""
         if self.reader is None:
-            return self.model.get_parameter(name).detach()
+            parameter: Tensor = self.model.get_parameter(name)
+            return parameter.detach()
         tied = self._tied()
         wanted = next(
             one for one in self._outside_conversions(head=True) if name in {tied.get(n, n) for n in one.targets}
