@@ -3,6 +3,7 @@
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "avx512_attend.h"
+#include "avx512_causal.h"
 #include "avx512_pairs.h"
 #include "avx512_weight.h"
 
@@ -20,7 +21,7 @@ const Kernels* avx512_kernels() {
       weight_few, weight_rows_bf16, weight_rows_f32,
       to_pairs, weight_few_pairs, weight_many_pairs,
       to_f32, from_f32, group_sums,
-      rms_norm, dot, add_scaled, silu_times, attend,
+      rms_norm, dot, add_scaled, silu_times, attend, pack_keys, pack_values, attend_tile,
       quantize_row, flag_outliers, int8_pack, int8_dot, int8_finish,
   };
   return &table;

@@ -31,5 +31,6 @@ void bind_weight(nanobind::module_& module);
 void bind_int8(nanobind::module_& module);
 void bind_decode(nanobind::module_& module);
 void bind_dense(nanobind::module_& module);
+void bind_causal(nanobind::module_& module);
 
 }  // namespace compress

@@ -60,6 +60,25 @@ struct Int8Panel {
   Type type;
 };
 
+constexpr int64_t KEYS = 64;  // that the causal attention looks at at once; packed keys and values are padded to it
+
+// Queries first <= position < first + rows (rows <= TILE) of one head against the keys and values up to their own.
+struct CausalTile {
+  const uint16_t* q;       // (rows, size) bf16, row stride q_stride
+  int64_t q_stride;
+  int64_t rows;
+  int64_t first;
+  const uint32_t* keys;    // what pack_keys and pack_values made, zeros up to a multiple of KEYS
+  const uint32_t* values;
+  int64_t size;            // a multiple of 32
+  float scale;
+  float* scratch;          // causal_scratch(size) floats
+  uint16_t* out;           // (rows, size) bf16, row stride out_stride
+  int64_t out_stride;
+};
+
+constexpr int64_t causal_scratch(int64_t size) { return TILE * size + TILE * KEYS + size / 2 * TILE + TILE * KEYS / 2; }
+
 struct Kernels {
   const char* name;
 
@@ -99,6 +118,11 @@ struct Kernels {
   // scores: room for `count` rounded up to 16.
   void (*attend)(const float* q, const void* keys, const void* values, Type type, int64_t size, int64_t count,
                  float scale, float* scores, float* out);
+  // Causal attention of many bf16 tokens (null where there are no products of pairs): keys (count, size) -> packed
+  // (ceil(count / 16) * 8 size) dwords, values -> (ceil(count / 2) * size) dwords; then tile by tile.
+  void (*pack_keys)(const uint16_t* keys, int64_t stride, int64_t count, int64_t size, uint32_t* out);
+  void (*pack_values)(const uint16_t* values, int64_t stride, int64_t count, int64_t size, uint32_t* out);
+  void (*attend_tile)(const CausalTile&);
 
   // int8 (see int8.h for the drivers). Activations are quantized by rows, features whose |x| is large are left out.
   // One row: q = round(x * (127 / m)), m = max |x[i]| over the features that are not outliers; q of outliers is 0.

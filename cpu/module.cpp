@@ -54,4 +54,5 @@ NB_MODULE(_cpu, module) {
   bind_int8(module);
   bind_decode(module);
   bind_dense(module);
+  bind_causal(module);
 }

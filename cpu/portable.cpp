@@ -12,7 +12,7 @@ const Kernels* portable_kernels() {
       weight_few, weight_rows_bf16, weight_rows_f32,
       nullptr, nullptr, nullptr,
       to_f32, from_f32, group_sums,
-      rms_norm, dot, add_scaled, silu_times, attend,
+      rms_norm, dot, add_scaled, silu_times, attend, nullptr, nullptr, nullptr,
       quantize_row, flag_outliers, int8_pack, int8_dot, int8_finish,
   };
   return &table;

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import UserError
+from compress.runtime.attention import use_native_attention
 from compress.runtime.fuse import fuse
 from compress.runtime.head import speed_up_head
 from compress.runtime.load import Kernels
@@ -89,6 +90,7 @@ class CompressQuantizer(HfQuantizer):  # type: ignore[misc]
             report.not_fused = fuse(model.base_model)
             report.fused = [] if report.not_fused else [name for name, _ in model.base_model.layers.named_children()]
             report.native_head = speed_up_head(model)
+            report.native_attention = use_native_attention(model)
         model.compress_report = report
         attach_saving(model, self.source, guarded=self.form.PREFIX != "model")
         return model

@@ -16,6 +16,7 @@ class LoadReport:
     fused: list[str] = field(default_factory=list)  # blocks whose decode step is one call
     not_fused: str | None = None  # why there are none
     native_head: bool = False  # whether a dense output head takes the native product at few tokens
+    native_attention: bool = False  # whether causal attention over a prompt is native
 
     def __str__(self) -> str:
         reasons = sorted(set(self.decoded.values()))
