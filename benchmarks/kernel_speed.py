@@ -258,7 +258,7 @@ def main() -> int:
     content = {
         "machine": describe_machine(),
         "versions": list_versions(),
-        "kernels": library.describe(),
+        "kernels": {**library.describe(), "library": Path(str(library.describe()["library"])).name},
         "threads": torch.get_num_threads(),
         "bandwidth": {**bandwidth, "all": [probe["bytes_per_second"] for probe in probes]},
         "protocol": {

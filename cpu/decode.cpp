@@ -6,10 +6,10 @@
 #include <cstring>
 #include <thread>
 
+#include "types.h"
+
 namespace compress {
 namespace {
-
-int64_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::u8 ? 1 : type == Type::none ? 0 : 2; }
 
 // Threads of one region wait for each other: looking for a while (a phase takes microseconds), then giving way.
 class Barrier {

@@ -5,12 +5,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "types.h"
+
 namespace compress {
 namespace {
 
 constexpr int64_t ROWS_PER_THREAD = 64;  // fewer aren't worth waking a thread for
-
-int64_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 struct Job {
   const Kernels& table;
