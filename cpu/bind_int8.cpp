@@ -42,11 +42,12 @@ void require_index(uintptr_t index, int64_t count, int64_t columns) {
   require_aligned(index, 8, "outlier_index");
   const int64_t* feature = as_pointer<const int64_t>(index);
   for (int64_t j = 0; j < count; ++j) {
-    require(feature[j] >= 0 && feature[j] < columns, "outlier_index[" + std::to_string(j) + "] must be in 0.." +
-                                                         std::to_string(columns - 1) + ", got " +
-                                                         std::to_string(feature[j]));
-    require(j == 0 || feature[j - 1] < feature[j], "outlier_index must ascend, got " + std::to_string(feature[j - 1]) +
-                                                       " before " + std::to_string(feature[j]));
+    if (feature[j] < 0 || feature[j] >= columns)
+      require(false, "outlier_index[" + std::to_string(j) + "] must be in 0.." + std::to_string(columns - 1) +
+                         ", got " + std::to_string(feature[j]));
+    if (j > 0 && feature[j - 1] >= feature[j])
+      require(false, "outlier_index must ascend, got " + std::to_string(feature[j - 1]) + " before " +
+                         std::to_string(feature[j]));
   }
 }
 
