@@ -68,7 +68,7 @@ sanitize: $(VENV)/.installed-test  ## the kernels' tests under AddressSanitizer 
 	$(BIN)/cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 $(OFFLINE) \
-	$(BIN)/python tests/sanitized.py build/sanitize -q $(or $(PYTEST),tests/kernels)
+	$(BIN)/python tests/sanitized.py build/sanitize -q $(or $(PYTEST),tests/kernels tests/runtime/test_fuse.py tests/runtime/test_attention.py tests/runtime/test_head.py)
 
 clean:  ## remove what was built, but not .venv
 	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache
