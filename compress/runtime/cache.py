@@ -91,7 +91,9 @@ class StoredLayer(DynamicLayer):  # type: ignore[misc]
 
 def find_store(cache: Any) -> Store | None:
     """The store of a cache whose layers all live in it with one length, None if they don't (yet)."""
-    layers = cache.layers
+    layers = getattr(cache, "layers", None)
+    if not layers:  # a cache of another kind, or one that nothing was put into yet
+        return None
     first = layers[0]
     if type(first) is not StoredLayer or first.store is None:
         return None

@@ -110,7 +110,6 @@ class FusedStep:
     """The native step of one model, built at its first token and again when the model was moved."""
 
     native: Any = None
-    device_ok: bool = True
     kept: list[Tensor] = field(default_factory=list)  # what the native step has addresses of
     store: Store | None = None  # the cache whose addresses it has
     data: Tensor | None = None
@@ -163,8 +162,6 @@ class FusedStep:
         return out
 
     def _build(self, model: Any, module: Any) -> bool:
-        if not self.device_ok:
-            return False
         tensors = [*model.parameters(), *model.buffers()]
         self.dtype = model.norm.weight.dtype
         if any(tensor.device.type != "cpu" for tensor in tensors) or self.dtype not in TYPES:

@@ -257,6 +257,19 @@ def test_what_is_not_fused_says_why() -> None:
     assert "Sequential" in str(fuse(odd.model))
 
 
+@torch.no_grad()
+def test_a_first_token_alone_and_an_empty_cache() -> None:
+    model = make("llama")
+    fused = copy.deepcopy(model)
+    fuse(fused.model)
+    token = torch.tensor([[5]])
+    for cache in (DynamicCache, lambda: DynamicCache(config=model.config), lambda: None):
+        wanted = model(token, past_key_values=cache(), use_cache=True).logits
+        assert relative(fused(token, past_key_values=cache(), use_cache=True).logits, wanted) < 1e-5
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fused.generate(token, **options), model.generate(token, **options))
+
+
 def test_reference_mode_leaves_the_native_step_alone() -> None:
     model = make("llama")
     fuse(model.model)
