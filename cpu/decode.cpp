@@ -104,9 +104,8 @@ struct Step {
   const Kernels& table;
   const DecoderShape& shape;
   const std::vector<DecoderBlock>& blocks;
-  const float* final_norm;
   const float *cos, *sin;
-  int64_t length, capacity, widest, tallest;
+  int64_t length, capacity, widest;
   float *hidden, *q, *k, *v, *mixed, *wide;  // shared by the threads
   std::vector<std::vector<float>>& scratch;
   std::vector<Int8Row>& rows;
@@ -253,7 +252,7 @@ bool Decoder::step(const void* hidden, const float* cos, const float* sin, int64
     if (one.size() < wanted) one.resize(wanted + wanted / 2);  // grows with the cache, not at every token
   }
   float* at = buffer_.data();
-  Step job{table,  shape_,   blocks_, final_norm, cos, sin, length, capacity, widest, tallest, at,
+  Step job{table,  shape_,   blocks_, cos, sin, length, capacity, widest, at,
            at + shape_.hidden, at + shape_.hidden + q, at + shape_.hidden + q + k, at + shape_.hidden + q + 2 * k,
            at + shape_.hidden + 2 * q + 2 * k, scratch_, rows_};
   table.to_f32(hidden, shape_.type, job.hidden, shape_.hidden);
