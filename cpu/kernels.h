@@ -152,8 +152,6 @@ bool select_kernels(const char* name);
 
 // body(thread, threads) on every thread of the pool, at the same time. Nested calls run on one thread.
 void run_parallel(int threads, void (*body)(void* context, int thread, int threads), void* context);
-int thread_count();
-void set_thread_count(int count);
 // PyTorch's own OpenMP runtime (addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads), so that both
 // share one pool of threads; without it run_parallel keeps threads of its own.
 void use_openmp(void* parallel, void* thread_number, void* thread_total);

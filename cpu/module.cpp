@@ -48,7 +48,6 @@ NB_MODULE(_cpu, module) {
         use_openmp(as_pointer<void>(parallel), as_pointer<void>(number), as_pointer<void>(total));
       },
       "Addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads; zeros: threads of our own.");
-  module.def("set_thread_count", &set_thread_count);
   module.def("count_threads", &count_threads, "How many threads run_parallel gives when asked for so many.");
   bind_weight(module);
   bind_int8(module);

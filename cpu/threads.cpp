@@ -151,13 +151,7 @@ Pool& own_pool() {
   return *pool;
 }
 
-std::atomic<int> wanted_threads{1};
-
 }  // namespace
-
-int thread_count() { return wanted_threads.load(std::memory_order_relaxed); }
-
-void set_thread_count(int count) { wanted_threads.store(count < 1 ? 1 : count, std::memory_order_relaxed); }
 
 void use_openmp(void* parallel, void* thread_number, void* thread_total) {
   openmp_number.store(reinterpret_cast<Number>(thread_number));
